@@ -1,0 +1,66 @@
+"""Where backends and architectures are found: a table of the built-ins, and entry points for everybody's.
+
+Holds strings and hints; imports a backend or an architecture when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, cast
+
+from edgelm.engine.architecture import Architecture
+from edgelm.engine.backend import Backend
+from edgelm.errors import BackendUnavailable, UnknownBackend, UnsupportedModel
+
+# The same entries stand in pyproject.toml; this table serves frozen applications, which lose their metadata.
+BACKENDS: Mapping[str, str] = {
+    "llamacpp": "edgelm_llamacpp:BACKEND",
+    "numpy": "edgelm_numpy:BACKEND",
+}
+ARCHITECTURES: Mapping[str, str] = {
+    name: f"edgelm_models.{name}"
+    for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "granite", "olmo2")
+}
+HINTS: Mapping[str, str] = {
+    "llamacpp": "install it with: pip install 'edgelm[llamacpp]' (compiles for some minutes, needs a C++ compiler)",
+}
+
+
+def backend_names() -> tuple[str, ...]:
+    """Return the names of all registered backends, built-ins first."""
+    return tuple(dict.fromkeys((*BACKENDS, *_entries("edgelm.backends"))))
+
+
+def get_backend(name: str) -> Backend:
+    """Return the backend of this name. Raises `UnknownBackend`, or `BackendUnavailable` if it cannot be imported."""
+    target = BACKENDS.get(name) or _entries("edgelm.backends").get(name)
+    if target is None:
+        raise UnknownBackend(name, backend_names())
+    try:
+        return cast(Backend, _load(target))
+    except ImportError as exc:
+        raise BackendUnavailable(name, str(exc), HINTS.get(name, f"check {target}")) from exc
+
+
+def get_architecture(name: str) -> Architecture:
+    """Return the architecture of this name. Raises `UnsupportedModel`."""
+    target = ARCHITECTURES.get(name) or _entries("edgelm.architectures").get(name)
+    if target is None:
+        raise UnsupportedModel(
+            f"architecture {name!r} is not supported (supported: {', '.join(sorted(ARCHITECTURES))}); "
+            "try a model of one of these families"
+        )
+    return cast(Architecture, _load(target))
+
+
+def _entries(group: str) -> dict[str, str]:
+    from importlib.metadata import entry_points  # 10 ms: only for names that are not built in
+
+    return {entry.name: entry.value for entry in entry_points(group=group)}
+
+
+def _load(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    loaded = import_module(module)
+    return getattr(loaded, attribute) if attribute else loaded
