@@ -1,0 +1,188 @@
+"""Walk through the beginning of a file whose length is not known before it has been read.
+
+Reads in windows, never past the size of the file, hashes what was walked over, and leaves the page cache as it was.
+Knows integers, strings and arrays; not what they mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import ModelFileError
+from edgelm.files.errors import BadHeader, TruncatedFile
+from edgelm.files.strings import StringArray
+from edgelm.sizes import human
+
+MAX_HEADER_BYTES = 256 * 2**20
+WINDOW_BYTES = 256 * 2**10
+
+_RWF_DONTCACHE = 0x80  # Linux 6.14: drop the pages that this very read brought into the page cache
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+
+class Cursor:
+    """A position in a file, with the bytes behind it in a window of bounded size."""
+
+    def __init__(self, fd: int, path: Path, file_bytes: int) -> None:
+        self.path, self.file_bytes = path, file_bytes
+        self._fd = fd
+        self._window = b""
+        self._at = 0  # the position inside the window
+        self._read_bytes = 0  # how much of the file has been read: the end of the window
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._flags = _RWF_DONTCACHE if sys.platform == "linux" else 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._window = b""
+        if not self._flags and hasattr(os, "posix_fadvise"):
+            # cached pages of the header are memory that nobody budgeted, and it is not read again
+            os.posix_fadvise(self._fd, 0, self._read_bytes, os.POSIX_FADV_DONTNEED)
+
+    @property
+    def position(self) -> int:
+        """Bytes walked over so far."""
+        return self._read_bytes - len(self._window) + self._at
+
+    @property
+    def left(self) -> int:
+        """Bytes of the file after this position."""
+        return self.file_bytes - self.position
+
+    def digest(self) -> bytes:
+        """Return the hash of everything walked over."""
+        state = self._hash.copy()
+        state.update(memoryview(self._window)[: self._at])
+        return state.digest()
+
+    def take(self, n: int) -> bytes:
+        """Return the next `n` bytes. Raises `TruncatedFile` if fewer are left."""
+        if self._at + n > len(self._window):
+            self._fill(n)
+        start = self._at
+        self._at += n
+        return self._window[start : start + n]
+
+    def u32(self) -> int:
+        """Return the next four bytes as a number."""
+        return int(_U32.unpack(self.take(4))[0])
+
+    def u64(self) -> int:
+        """Return the next eight bytes as a number."""
+        return int(_U64.unpack(self.take(8))[0])
+
+    def read_array(self, n: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return the next `n` numbers; the caller has compared `n` with `left`."""
+        array = np.empty(n, dtype)
+        view = array.view(np.uint8).data
+        done = 0
+        while done < len(view):
+            step = min(len(view) - done, WINDOW_BYTES)
+            view[done : done + step] = self.take(step)
+            done += step
+        return array
+
+    def strings(self, n: int, max_bytes: int, key: str) -> StringArray:
+        """Return the next `n` strings, each behind its length in eight bytes, none longer than `max_bytes`."""
+        offsets = np.zeros(n + 1, dtype=np.uint32)
+        data = bytearray()
+        done = 0
+        while done < n:
+            lengths = self._whole_strings(n - done)
+            if not lengths:
+                self._fetch_string(max_bytes, f"{key}[{done}]")
+                continue
+            ends = np.cumsum(np.asarray(lengths, dtype=np.int64) + 8)
+            starts = ends - lengths
+            keep = np.ones(int(ends[-1]), dtype=np.bool_)
+            for back in range(1, 9):
+                keep[starts - back] = False
+            walked = np.frombuffer(self._window, np.uint8, int(ends[-1]), self._at)
+            offsets[done + 1 : done + 1 + len(lengths)] = len(data) + np.cumsum(lengths)
+            data += walked[keep].data
+            self._at += int(ends[-1])
+            done += len(lengths)
+        return StringArray(data, offsets)
+
+    def _whole_strings(self, n: int) -> list[int]:
+        """Return the lengths of the strings, at most `n`, that lie completely in the window."""
+        unpack, window, at, end = _U64.unpack_from, self._window, self._at, len(self._window)
+        last_start = end - 8
+        lengths: list[int] = []
+        append = lengths.append
+        for _ in range(n):
+            if at > last_start:
+                break
+            (length,) = unpack(window, at)
+            at += 8 + length
+            if at > end:
+                break
+            append(length)
+        return lengths
+
+    def _fetch_string(self, max_bytes: int, name: str) -> None:
+        """Make the window hold the next string completely."""
+        self._fill(8)
+        (length,) = _U64.unpack_from(self._window, self._at)
+        if length > max_bytes:
+            raise BadHeader(self.path, f"the string {name} has {length} bytes, more than {human(max_bytes)}")
+        self._fill(8 + length)
+
+    def _fill(self, n: int) -> None:
+        """Make the window hold at least the next `n` bytes."""
+        if n > self.left:
+            raise TruncatedFile(
+                self.path, f"the file ends after {human(self.file_bytes)} ({self.file_bytes} bytes), inside its header"
+            )
+        if self._at + n <= len(self._window):
+            return
+        if self.position + n > MAX_HEADER_BYTES:
+            raise BadHeader(self.path, f"the header is longer than {human(MAX_HEADER_BYTES)}")
+        self._hash.update(memoryview(self._window)[: self._at])
+        rest = self._window[self._at :]
+        want = min(max(WINDOW_BYTES, n) - len(rest), self.file_bytes - self._read_bytes)
+        self._window, self._at = b"", 0
+        fresh = self._pread(want)
+        self._read_bytes += len(fresh)
+        self._window = rest + fresh
+        if len(self._window) < n:
+            raise TruncatedFile(self.path, "the file became shorter while it was read", "wait until it is complete")
+
+    def _pread(self, n: int) -> bytes:
+        buffer = bytearray(n)
+        done = 0
+        while done < n:
+            got = self._pread_into(memoryview(buffer)[done:], self._read_bytes + done)
+            if got == 0:
+                break
+            done += got
+        return bytes(buffer[:done])
+
+    def _pread_into(self, view: memoryview, offset: int) -> int:
+        try:
+            if self._flags:
+                try:
+                    return os.preadv(self._fd, [view], offset, self._flags)
+                except OSError:
+                    self._flags = 0  # this kernel or file system does not know the flag; plain reads follow
+            if hasattr(os, "preadv"):
+                return os.preadv(self._fd, [view], offset)
+            os.lseek(self._fd, offset, os.SEEK_SET)  # Windows has no pread
+            data = os.read(self._fd, len(view))
+            view[: len(data)] = data
+            return len(data)
+        except OSError as error:
+            raise ModelFileError(self.path, f"reading failed: {error.strerror}", "check the device") from error

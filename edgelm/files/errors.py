@@ -1,0 +1,41 @@
+"""What can be wrong with a model file, one class per thing that a caller could do something different about."""
+
+from __future__ import annotations
+
+from edgelm.errors import ModelFileError
+
+
+class NotAModelFile(ModelFileError):
+    """A folder, a web page, an empty file, a pointer, another format: not a damaged model, but none at all."""
+
+
+class TruncatedFile(ModelFileError):
+    """The file ends before what it promises; usually a download that stopped."""
+
+
+class BadHeader(ModelFileError):
+    """The header contradicts itself, the file's size, or the limits of edgelm."""
+
+
+class BadTensor(BadHeader):
+    """An entry of the tensor table cannot be true."""
+
+
+class SplitFileError(ModelFileError):
+    """The parts of a split model do not make one model."""
+
+
+class NotFirstPart(SplitFileError):
+    """A later part was opened; part 1 is the one to open."""
+
+
+class MissingPart(SplitFileError):
+    """A part of a split model is not beside the others."""
+
+
+class DuplicatePart(SplitFileError):
+    """Two parts of a split model hold the same thing."""
+
+
+class MismatchedPart(SplitFileError):
+    """A part belongs to another model, or its numbers differ from its name."""
