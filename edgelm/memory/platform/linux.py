@@ -1,0 +1,178 @@
+"""Linux and Android: /proc, control groups of both versions, O_DIRECT. Knows nothing of models or plans."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgelm.memory.platform.base import PosixFiles
+
+RWF_DONTCACHE = 0x80  # include/uapi/linux/fs.h, since 6.14; Python has no name for it yet
+_UNLIMITED = 1 << 60  # v1 writes "no limit" as the largest multiple of the page size
+
+
+class Linux(PosixFiles):
+    """`root` is where proc and sys are looked for: tests give a made-up tree."""
+
+    name = "linux"
+    direct_how = "O_DIRECT"
+
+    def __init__(self, root: str | Path = "/") -> None:
+        self._root = Path(root)
+        self._status = str(self._root / "proc/self/status")
+
+    # -- files -----------------------------------------------------------------------------------------
+
+    def open_direct(self, path: str) -> int:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+
+    def open_buffered(self, path: str) -> int:
+        handle = super().open_buffered(path)
+        # readahead would fill the cache past the range that is read and dropped
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+        return handle
+
+    def read(self, handle: int, view: memoryview, offset: int, *, uncached: bool = False) -> int:
+        return os.preadv(handle, [view], offset, RWF_DONTCACHE if uncached else 0)
+
+    def drop_cache(self, handle: int) -> None:
+        # the whole file: large folios straddle a range, and those that straddle it would stay
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    # -- this process ----------------------------------------------------------------------------------
+
+    def memory_counters(self) -> tuple[int, int, int, int]:
+        status = self._read_status()
+        # shared memory (memfd, tmpfs) cannot be dropped like a file's pages, so it counts as anonymous
+        anonymous = _kib(status, b"RssAnon:") + _kib(status, b"RssShmem:")
+        return _kib(status, b"VmRSS:"), _kib(status, b"VmHWM:"), anonymous, _kib(status, b"RssFile:")
+
+    def rss_bytes(self) -> int:
+        return _kib(self._read_status(), b"VmRSS:")
+
+    def peak_rss_bytes(self) -> int:
+        return _kib(self._read_status(), b"VmHWM:")
+
+    def reset_peak(self) -> bool:
+        try:
+            (self._root / "proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
+
+    def _read_status(self) -> bytes:
+        handle = os.open(self._status, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(handle, 8192)
+        finally:
+            os.close(handle)
+
+    # -- the device ------------------------------------------------------------------------------------
+
+    def available_bytes(self) -> int:
+        spare = self._meminfo("MemAvailable")
+        for folder, version in self._groups("memory"):
+            limit = _group_limit(folder, version)
+            used = _number(folder / ("memory.current" if version == 2 else "memory.usage_in_bytes"))
+            if limit is not None and used is not None:
+                spare = min(spare, limit - used + _reclaimable(folder, version))
+        return max(spare, 0)
+
+    def total_bytes(self) -> int:
+        limits = [_group_limit(folder, version) for folder, version in self._groups("memory")]
+        return min([self._meminfo("MemTotal"), *(limit for limit in limits if limit is not None)])
+
+    def cores(self) -> int:
+        usable = self._physical_cores(os.sched_getaffinity(0))
+        for folder, version in self._groups("cpu"):
+            quota = _cpu_quota(folder, version)
+            if quota is not None:
+                # rounded down: threads that spin at barriers lose more by being stopped than by being fewer
+                usable = min(usable, int(quota))
+        return max(usable, 1)
+
+    def _physical_cores(self, cpus: set[int]) -> int:
+        topology = self._root / "sys/devices/system/cpu"
+        cores = set()
+        for cpu in cpus:
+            siblings = _text(topology / f"cpu{cpu}/topology/thread_siblings_list")
+            cores.add(siblings if siblings else str(cpu))
+        return len(cores)
+
+    def _meminfo(self, field: str) -> int:
+        for line in (self._root / "proc/meminfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == field:
+                return int(value.split()[0]) * 1024
+        raise OSError(f"/proc/meminfo has no {field}")
+
+    def _groups(self, controller: str) -> Iterator[tuple[Path, int]]:
+        """Yield (folder, version) of every control group that bounds this process, from its own upwards."""
+        for version, group in self._memberships(controller):
+            for mount_root, mount_point in self._group_mounts(controller, version):
+                inside = os.path.relpath(group, mount_root)
+                # in a container the mount may show only a part of the tree, and not the part named in proc
+                parts = () if inside == "." or inside.startswith("..") else Path(inside).parts
+                top = self._root / mount_point.lstrip("/")
+                for depth in range(len(parts), -1, -1):
+                    yield top.joinpath(*parts[:depth]), version
+
+    def _memberships(self, controller: str) -> Iterator[tuple[int, str]]:
+        for line in (_text(self._root / "proc/self/cgroup") or "").splitlines():
+            number, controllers, group = line.split(":", 2)
+            if number == "0" and controllers == "":
+                yield 2, group
+            elif controller in controllers.split(","):
+                yield 1, group
+
+    def _group_mounts(self, controller: str, version: int) -> Iterator[tuple[str, str]]:
+        for line in (_text(self._root / "proc/self/mountinfo") or "").splitlines():
+            before, _, after = line.partition(" - ")
+            _, _, _, mount_root, mount_point = before.split()[:5]
+            kind, _, options = after.split()[:3]
+            if (version == 2 and kind == "cgroup2") or (
+                version == 1 and kind == "cgroup" and controller in options.split(",")
+            ):
+                yield mount_root, mount_point
+
+
+def _kib(status: bytes, field: bytes) -> int:
+    at = status.find(field)
+    return int(status[at + len(field) :].split(None, 1)[0]) * 1024 if at >= 0 else 0
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text and text.isdigit() else None
+
+
+def _group_limit(folder: Path, version: int) -> int | None:
+    names = ("memory.max", "memory.high") if version == 2 else ("memory.limit_in_bytes",)
+    limits = [limit for name in names if (limit := _number(folder / name)) is not None and limit < _UNLIMITED]
+    return min(limits, default=None)
+
+
+def _reclaimable(folder: Path, version: int) -> int:
+    stat = dict(line.split() for line in (_text(folder / "memory.stat") or "").splitlines())
+    prefix = "" if version == 2 else "total_"
+    inactive, active, slab = (
+        int(stat.get(name, 0)) for name in (prefix + "inactive_file", prefix + "active_file", "slab_reclaimable")
+    )
+    # half of the active pages, as MemAvailable does: the others are programs and libraries in use
+    return inactive + active // 2 + slab
+
+
+def _cpu_quota(folder: Path, version: int) -> float | None:
+    if version == 2:
+        quota, _, period = (_text(folder / "cpu.max") or "max").partition(" ")
+        return int(quota) / int(period or 100_000) if quota != "max" else None
+    given, every = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+    return given / every if given and every else None
