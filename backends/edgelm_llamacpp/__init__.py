@@ -1,0 +1,38 @@
+"""llama.cpp's ggml as the kernel library: graphs are built per segment and computed on edgelm's own memory.
+
+Importing this module loads no library; `probe` and `open` do.
+"""
+
+from __future__ import annotations
+
+from edgelm.engine.backend import Availability, Capabilities, Session
+from edgelm.errors import BackendUnavailable
+from edgelm.files.ggml_types import TensorType
+
+_TYPES = (
+    "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S "
+    "IQ3_XXS IQ3_S TQ1_0 TQ2_0 MXFP4"
+).split()
+
+
+class LlamaCppBackend:
+    name = "llamacpp"
+
+    def probe(self) -> Availability:
+        from edgelm_llamacpp.health import check
+
+        try:
+            return Availability(True, version=f"ggml {check()}")
+        except BackendUnavailable as exc:
+            return Availability(False, reason=exc.reason)
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(types=frozenset(TensorType[name] for name in _TYPES))
+
+    def open(self, n_threads: int) -> Session:
+        from edgelm_llamacpp.session import GgmlSession
+
+        return GgmlSession(n_threads)
+
+
+BACKEND = LlamaCppBackend()
