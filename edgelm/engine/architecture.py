@@ -2,20 +2,28 @@
 
 An architecture is a module with `ARCHITECTURES` (names as in `general.architecture`) and
 `record(ops, weights, config) -> Tensor`, which returns the logits. It is registered under the entry point
-`edgelm.architectures`.
+`edgelm.architectures`. Metadata means here what it means to llama.cpp, defaults included.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-from edgelm.engine.ir import RopeSpec, Trace
+from edgelm.engine.ir import RopeSpec, Trace, Weight
 from edgelm.engine.ops import Ops, Tensor, Weights
 from edgelm.errors import UnsupportedModel
 from edgelm.files.gguf import ModelFile
 from edgelm.files.meta import Meta
+
+MAX_LAYERS = 512
+MAX_HEADS = 4096
+MAX_EMBD = 2**20
+
+_SCALINGS = ("none", "linear", "yarn", "longrope")
+# tensors that a sound model may hold and not use: which factors apply depends on the scaling and on the context
+_OPTIONAL = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,69 +55,124 @@ class Architecture(Protocol):
 
 
 def read_config(meta: Meta, n_context: int) -> ModelConfig:
-    """Read the common numbers. Raises `UnsupportedModel` if one is missing or absurd."""
-    n_layers = meta.int("block_count")
-    n_embd = meta.int("embedding_length")
-    n_heads = meta.ints("attention.head_count", n_layers)
-    n_kv_heads = meta.ints("attention.head_count_kv", n_layers, default=n_heads)
-    if any(heads <= 0 or kv <= 0 or heads % kv for heads, kv in zip(n_heads, n_kv_heads, strict=True)):
-        raise UnsupportedModel(f"{n_heads[0]} attention heads over {n_kv_heads[0]} key-value heads do not divide")
-    head_dim = meta.int("attention.key_length", default=n_embd // n_heads[0])
+    """Read the common numbers. Raises `UnsupportedModel` or `ModelFileError` if one is missing or absurd."""
+    if n_experts := meta.int("expert_count", default=0):
+        raise UnsupportedModel(f"a mixture of {n_experts} experts is not supported; try a dense model of this family")
+    n_layers = meta.int("block_count", least=1, most=MAX_LAYERS)
+    n_embd = meta.int("embedding_length", least=1, most=MAX_EMBD)
+    n_heads = meta.ints("attention.head_count", n_layers, least=1, most=MAX_HEADS)
+    n_kv_heads = n_heads
+    if meta.has("attention.head_count_kv"):
+        n_kv_heads = meta.ints("attention.head_count_kv", n_layers, least=1, most=MAX_HEADS)
+    for heads, kv_heads in zip(n_heads, n_kv_heads, strict=True):
+        if heads % kv_heads:
+            raise UnsupportedModel(f"{heads} attention heads cannot share {kv_heads} key-value heads evenly")
+    head_dim = n_embd // n_heads[0]
+    head_dim_k = meta.int("attention.key_length", default=head_dim, least=1, most=MAX_EMBD)
     return ModelConfig(
         meta=meta,
         n_context=n_context,
-        n_context_train=meta.int("context_length"),
+        n_context_train=meta.int("context_length", least=1),
         n_layers=n_layers,
         n_embd=n_embd,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
-        head_dim_k=head_dim,
-        head_dim_v=meta.int("attention.value_length", default=head_dim),
-        eps=meta.float("attention.layer_norm_rms_epsilon"),
-        rope_dims=meta.int("rope.dimension_count", default=head_dim),
-        rope_base=meta.float("rope.freq_base", default=10000.0),
+        head_dim_k=head_dim_k,
+        head_dim_v=meta.int("attention.value_length", default=head_dim, least=1, most=MAX_EMBD),
+        eps=meta.float("attention.layer_norm_rms_epsilon", least=0.0, most=1.0),
+        rope_dims=meta.int("rope.dimension_count", default=head_dim_k, least=2, most=MAX_EMBD),
+        rope_base=meta.float("rope.freq_base", default=10000.0, least=1.0),
     )
 
 
-def rope_spec(cfg: ModelConfig, n_heads: int, *, neox: bool, base: float | None = None, scaled: bool = True) -> RopeSpec:
-    """Return the rotary embedding that the file asks for: none, linear, or YaRN scaling, or factors (llama3, longrope).
+def rope_spec(
+    cfg: ModelConfig, n_heads: int, *, neox: bool, base: float | None = None, scaled: bool = True
+) -> RopeSpec:
+    """Return the rotary embedding that the file asks for: plain, linear, or YaRN.
 
-    `scaled=False` leaves linear scaling out (Gemma's sliding layers). The YaRN magnitude follows llama.cpp: the kernel
-    multiplies by `1 + 0.1 ln(1 / freq_scale)`, so files that state their own magnitude have it divided out here.
+    `scaled=False` leaves out the division of positions (Gemma 3's sliding layers). The magnitude of YaRN,
+    `1 + 0.1 ln(factor)`, is the kernel's; `attn_factor` is what the file multiplies it with. The ramp's ends are
+    those of the paper (32 and 1), whatever the file says, as in llama.cpp for all architectures here.
     """
-    meta = cfg.meta
-    kind = meta.str("rope.scaling.type", default="none")
-    if kind not in ("none", "linear", "yarn", "longrope"):
-        raise UnsupportedModel(f"rope scaling {kind!r} is not supported (supported: none, linear, yarn, longrope)")
-    factor = meta.float("rope.scaling.factor", default=0.0) or meta.float("rope.scale_linear", default=0.0)
-    freq_scale = 1.0 / factor if factor and kind != "none" and scaled else 1.0
-    attn_factor = meta.float("rope.scaling.attn_factor", default=1.0)
-    n_ctx_orig = meta.int("rope.scaling.original_context_length", default=cfg.n_context_train)
-    ext_factor = 0.0
-    if kind == "yarn" and scaled:
-        ext_factor = meta.float("rope.scaling.yarn_ext_factor", default=1.0)
-        log_multiplier = meta.float("rope.scaling.yarn_log_multiplier", default=0.0)
-        if log_multiplier and factor > 1:  # DeepSeek's form: magnitudes of q and k scaled apart
-            attn_factor *= (1 + 0.1 * log_multiplier * math.log(factor)) / (1 + 0.1 * math.log(factor))
+    kind, factor = _scaling(cfg.meta)
     return RopeSpec(
         n_heads=n_heads,
         n_dims=cfg.rope_dims,
         neox=neox,
         base=cfg.rope_base if base is None else base,
-        freq_scale=freq_scale,
-        ext_factor=ext_factor,
-        attn_factor=attn_factor,
-        beta_fast=meta.float("rope.scaling.yarn_beta_fast", default=32.0),
-        beta_slow=meta.float("rope.scaling.yarn_beta_slow", default=1.0),
-        n_ctx_orig=n_ctx_orig,
+        freq_scale=1.0 / factor if scaled else 1.0,
+        ext_factor=1.0 if kind == "yarn" else 0.0,
+        attn_factor=cfg.meta.float("rope.scaling.attn_factor", default=1.0),
+        n_ctx_orig=_original_context(cfg),
     )
 
 
+def rope_factors(w: Weights, cfg: ModelConfig) -> Weight | None:
+    """Return the divisors of the frequencies, if the file has any: Llama 3's one set, or one of longrope's two.
+
+    Longrope (arXiv:2402.13753) has a set for contexts up to the original one and a set for longer ones; the context
+    asked for decides for all positions, because keys in the cache cannot be rotated again.
+    """
+    kind, _ = _scaling(cfg.meta)
+    if kind != "longrope" and (factors := w.get("rope_freqs")):
+        return factors
+    return w.get("rope_factors_long" if cfg.n_context > _original_context(cfg) else "rope_factors_short")
+
+
+def sliding_windows(cfg: ModelConfig, period: int, default: int = 0) -> tuple[int, ...]:
+    """Return the window of every layer in tokens, 0 for a layer that sees everything.
+
+    Unless the file says otherwise, every `period`-th layer sees everything. `default` is the window of files that do
+    not state one; 0 means that all layers of such a file see everything.
+    """
+    window = cfg.meta.int("attention.sliding_window", default=default)
+    key = "attention.sliding_window_pattern"
+    value = cfg.meta.metadata.get(f"{cfg.meta.architecture}.{key}", period)
+    if isinstance(value, int):
+        period = cfg.meta.int(key, default=period)
+        sliding = [period == 0 or layer % period < period - 1 for layer in range(cfg.n_layers)]
+    else:
+        read = cfg.meta.bools if value.dtype.kind == "b" else cfg.meta.ints
+        sliding = [bool(flag) for flag in read(key, cfg.n_layers)]
+    return tuple(window if flag else 0 for flag in sliding)
+
+
+def _scaling(meta: Meta) -> tuple[str, float]:
+    """Return the kind of rope scaling and the factor that positions are divided by; linear is the default."""
+    kind = meta.str("rope.scaling.type", default="linear")
+    if kind not in _SCALINGS:
+        raise UnsupportedModel(f"rope scaling {kind!r} is not supported (supported: {', '.join(_SCALINGS)})")
+    key = "rope.scaling.factor" if meta.has("rope.scaling.factor") else "rope.scale_linear"
+    factor = meta.float(key, default=0.0, least=0.0) or 1.0
+    if kind == "yarn" and factor < 1:
+        raise UnsupportedModel(f"YaRN with a factor of {factor:g} would shorten the context; it must be 1 or more")
+    return kind, factor if kind != "none" else 1.0
+
+
+def _original_context(cfg: ModelConfig) -> int:
+    return cfg.meta.int("rope.scaling.original_context_length", default=0) or cfg.n_context_train
+
+
 def record(architecture: Architecture, model: ModelFile, n_context: int) -> Trace:
-    """Record the model of a file. Raises `UnsupportedModel` if tensors are missing or shapes do not fit."""
-    cfg = read_config(Meta(model.metadata), n_context)
+    """Record the model of a file.
+
+    Raises `UnsupportedModel` if tensors are missing, shapes do not fit, or the file holds tensors that the
+    architecture does not compute with: without them the answers would be wrong.
+    """
+    cfg = read_config(Meta.of(model), n_context)
     ops = Ops()
     logits = architecture.record(ops, Weights(model.tensors), cfg)
     if logits.per != "output":
         raise UnsupportedModel(f"architecture {model.architecture!r} does not select the rows of its logits")
-    return ops.trace(logits)
+    trace = ops.trace(logits)
+    _check_all_used(model.tensors, trace)
+    return trace
+
+
+def _check_all_used(names: Collection[str], trace: Trace) -> None:
+    unused = sorted(set(names) - {weight.tensor for weight in trace.weights()} - _OPTIONAL)
+    if unused:
+        shown = ", ".join(unused[:3]) + (" ..." if len(unused) > 3 else "")
+        raise UnsupportedModel(
+            f"the file has {len(unused)} tensors that this edgelm would not use ({shown}); use a newer edgelm"
+        )

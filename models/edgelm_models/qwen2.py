@@ -1,0 +1,33 @@
+"""Qwen2 and Qwen2.5 (arXiv:2407.10671, 2412.15115): Llama's block with biases on q, k and v."""
+
+from __future__ import annotations
+
+from edgelm.engine.architecture import ModelConfig, rope_spec
+from edgelm.engine.ir import AttendSpec
+from edgelm.engine.ops import Ops, Tensor, Weights
+from edgelm_models.parts import feed_forward, inverse_sqrt, qkv
+
+ARCHITECTURES = ("qwen2",)
+
+
+def record(ops: Ops, w: Weights, cfg: ModelConfig) -> Tensor:
+    x = ops.embed(w["token_embd"])
+    for layer in range(cfg.n_layers):
+        x = block(ops, w.block(layer), x, layer, cfg)
+    x = ops.rms_norm(x, w["output_norm"], cfg.eps)
+    return ops.linear(x, w.get("output") or w["token_embd"], w.get("output.bias"))
+
+
+def block(ops: Ops, w: Weights, x: Tensor, layer: int, cfg: ModelConfig) -> Tensor:
+    n_heads, n_kv_heads = cfg.n_heads[layer], cfg.n_kv_heads[layer]
+    h = ops.rms_norm(x, w["attn_norm"], cfg.eps)
+    q, k, v = qkv(ops, w, h, layer, cfg)
+    q = ops.rope(q, rope_spec(cfg, n_heads, neox=True))
+    k = ops.rope(k, rope_spec(cfg, n_kv_heads, neox=True))
+    spec = AttendSpec(layer, n_heads, n_kv_heads, cfg.head_dim_k, cfg.head_dim_v, inverse_sqrt(cfg.head_dim_k))
+    h = ops.linear(ops.attend(q, k, v, spec), w["attn_output"])
+    if layer == cfg.n_layers - 1:
+        h, x = ops.select(h), ops.select(x)
+    x = ops.add(h, x)
+    h = ops.rms_norm(x, w["ffn_norm"], cfg.eps)
+    return ops.add(feed_forward(ops, w, h), x)

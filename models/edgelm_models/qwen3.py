@@ -1,0 +1,35 @@
+"""Qwen3, dense (arXiv:2505.09388): Llama's block with a norm for each head of q and k."""
+
+from __future__ import annotations
+
+from edgelm.engine.architecture import ModelConfig, rope_spec
+from edgelm.engine.ir import AttendSpec
+from edgelm.engine.ops import Ops, Tensor, Weights
+from edgelm_models.parts import feed_forward, inverse_sqrt, qkv
+
+ARCHITECTURES = ("qwen3",)
+
+
+def record(ops: Ops, w: Weights, cfg: ModelConfig) -> Tensor:
+    x = ops.embed(w["token_embd"])
+    for layer in range(cfg.n_layers):
+        x = block(ops, w.block(layer), x, layer, cfg)
+    x = ops.rms_norm(x, w["output_norm"], cfg.eps)
+    return ops.linear(x, w.get("output") or w["token_embd"])
+
+
+def block(ops: Ops, w: Weights, x: Tensor, layer: int, cfg: ModelConfig) -> Tensor:
+    n_heads, n_kv_heads = cfg.n_heads[layer], cfg.n_kv_heads[layer]
+    h = ops.rms_norm(x, w["attn_norm"], cfg.eps)
+    q, k, v = qkv(ops, w, h, layer, cfg)
+    q = ops.rms_norm(q, w["attn_q_norm"], cfg.eps, groups=n_heads)
+    q = ops.rope(q, rope_spec(cfg, n_heads, neox=True))
+    k = ops.rms_norm(k, w["attn_k_norm"], cfg.eps, groups=n_kv_heads)
+    k = ops.rope(k, rope_spec(cfg, n_kv_heads, neox=True))
+    spec = AttendSpec(layer, n_heads, n_kv_heads, cfg.head_dim_k, cfg.head_dim_v, inverse_sqrt(cfg.head_dim_k))
+    h = ops.linear(ops.attend(q, k, v, spec), w["attn_output"])
+    if layer == cfg.n_layers - 1:
+        h, x = ops.select(h), ops.select(x)
+    x = ops.add(h, x)
+    h = ops.rms_norm(x, w["ffn_norm"], cfg.eps)
+    return ops.add(feed_forward(ops, w, h), x)
