@@ -1,0 +1,45 @@
+"""`edgelm chat`: loads the model and hands over to the conversation loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from edgelm_apps.options import (
+    engine_options,
+    engine_values,
+    model_argument,
+    offline_option,
+    quiet_option,
+    sampling_options,
+    sampling_values,
+)
+
+
+@click.command()
+@model_argument(required=False)
+@click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+@quiet_option
+@offline_option
+@engine_options
+@sampling_options
+def chat(model: str | None, system: str | None, quiet: bool, offline: bool, **given: Any) -> int:
+    """Talk with a model.
+
+    MODEL is a path or a name; without it, smollm2-135m-instruct.
+
+    Ctrl-C stops an answer; Ctrl-D or /exit leaves; /help lists the commands.
+    """
+    from edgelm_apps.engine import find_model, open_model, start_lines
+    from edgelm_apps.output import note
+    from edgelm_apps.repl import Conversation, lines_from_stdin, talk
+    from edgelm_models.catalogue import DEFAULT_MODEL
+
+    path = find_model(model or DEFAULT_MODEL, offline=offline, quiet=quiet)
+    with open_model(path, engine_values(given)) as loaded:
+        if not quiet:
+            for line in start_lines(loaded):
+                note(line)
+        with lines_from_stdin(greet=not quiet) as source:
+            return talk(Conversation(loaded, system, sampling_values(given)), source)

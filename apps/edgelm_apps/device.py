@@ -1,0 +1,51 @@
+"""`edgelm backends` and `doctor`: what can compute here, and what this machine is."""
+
+from __future__ import annotations
+
+import click
+
+from edgelm_apps.options import json_option
+
+
+@click.command()
+@json_option
+def backends(as_json: bool) -> None:
+    """List the backends, healthy or not, and why."""
+    import edgelm
+    from edgelm_apps.output import humanize, plain, print_json, print_table
+
+    reports = [plain(report) for report in edgelm.backends()]
+    if as_json:
+        print_json({"backends": reports})
+        return
+    rows = [
+        (
+            report["name"],
+            report["version"] or "-",
+            "yes" if report["available"] else "no",
+            report["reason"] or _capabilities(report["capabilities"], humanize),
+        )
+        for report in reports
+    ]
+    print_table(("backend", "version", "works", "notes"), rows)
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Describe this device: cores, memory, flash speed."""
+    import edgelm
+    from edgelm_apps.output import plain, print_facts, print_json
+
+    facts = plain(edgelm.doctor())
+    if as_json:
+        print_json(facts)
+    else:
+        print_facts(facts)
+
+
+def _capabilities(capabilities: object, humanize: object) -> str:
+    assert callable(humanize)
+    if not isinstance(capabilities, dict):
+        return str(capabilities or "")
+    return "; ".join(f"{key.replace('_', ' ')}: {humanize(key, value)}" for key, value in capabilities.items())

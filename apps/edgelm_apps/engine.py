@@ -1,0 +1,96 @@
+"""The few places where the applications call `edgelm`: load a model, ask it, describe it.
+
+`edgelm` is imported inside, so that `edgelm --help` and a mistyped option cost nothing.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgelm import Chat, Chunk, Model, Usage
+
+
+def find_model(model: str, *, offline: bool, quiet: bool) -> Path:
+    """Return the file of a path or a name; a name that is not on this machine is pulled, and that is announced."""
+    from edgelm_apps.output import PullDisplay
+    from edgelm_models.pull import obtain
+
+    display = PullDisplay(quiet)
+    try:
+        return obtain(model, offline=offline, observer=display)
+    finally:
+        display.close()
+
+
+def open_model(path: Path, engine: dict[str, Any]) -> Model:
+    import edgelm
+
+    return edgelm.load(path, **engine)
+
+
+def start_lines(model: Model) -> list[str]:
+    """Return what to say at the start: budget and backend, and every step by which the plan had to give in."""
+    from edgelm.sizes import human
+
+    plan = model.plan
+    first = f"{model.backend} backend, budget {human(plan.budget_bytes)}, context {plan.context}"
+    return [first, *plan.notes]
+
+
+def statistics(usage: Usage) -> dict[str, Any]:
+    """Return the `stats` object of `run --json`."""
+    return {
+        "ttft_s": usage.ttft_s,
+        "prefill_tps": usage.prefill_tps,
+        "decode_tps": usage.decode_tps,
+        "peak_bytes": usage.peak_bytes,
+        "bytes_streamed": usage.bytes_streamed,
+        "predicted_decode_tps": usage.predicted_decode_tps,
+    }
+
+
+def statistics_text(usage: Usage) -> str:
+    """Return the statistics of one answer as two lines."""
+    from edgelm.sizes import human
+
+    return (
+        f"prompt {usage.prompt_tokens} tokens at {usage.prefill_tps:.1f} tok/s, first token after {usage.ttft_s:.2f} s"
+        f"; answer {usage.completion_tokens} tokens at {usage.decode_tps:.1f} tok/s\n"
+        f"peak {human(usage.peak_bytes)} of {human(usage.budget_bytes)}, {human(usage.bytes_streamed)} streamed, "
+        f"{usage.backend} backend"
+    )
+
+
+@contextmanager
+def interruptible(model: Model) -> Iterator[None]:
+    """While inside, Ctrl-C cancels the answer instead of the program; a second one interrupts as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set signal handlers, and only it is interrupted
+        return
+
+    def cancel(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        model.cancel()
+
+    before = signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def ask(chat: Chat, text: str, sampling: dict[str, Any]) -> Generator[Chunk, None, None]:
+    """Stream the answer to `text`; closing this closes the stream."""
+    yield from chat.stream(text, **sampling)
+
+
+def complete(model: Model, text: str, sampling: dict[str, Any]) -> Generator[Chunk, None, None]:
+    """Stream what follows `text`, without a chat template."""
+    yield from model.stream(text, raw=True, **sampling)

@@ -1,0 +1,84 @@
+"""`edgelm pull`, `list` and `rm`: the catalogue and the cache."""
+
+from __future__ import annotations
+
+import click
+
+from edgelm_apps.options import json_option, model_argument, offline_option, quiet_option
+
+
+@click.command()
+@model_argument("name")
+@json_option
+@quiet_option
+@offline_option
+def pull(name: str, as_json: bool, quiet: bool, offline: bool) -> None:
+    """Fetch a model into the cache and check it.
+
+    NAME is one of `edgelm list`, or a hub's file: org/repo:QUANT, hf:org/repo/file.gguf.
+    """
+    from edgelm.sizes import human
+    from edgelm_apps.output import PullDisplay, print_json
+    from edgelm_models.pull import pull as pull_model
+
+    display = PullDisplay(quiet)
+    try:
+        model = pull_model(name, offline=offline, observer=display)
+    finally:
+        display.close()
+    if as_json:
+        print_json(model)
+    elif not quiet:
+        click.echo(f"{model.name}: {model.file} ({human(model.size_bytes)}, sha256 checked)")
+
+
+@click.command("list")
+@json_option
+def list_models(as_json: bool) -> None:
+    """List the models here and in the catalogue."""
+    from edgelm.sizes import human
+    from edgelm_apps.output import print_json, print_table
+    from edgelm_models.cache import cache_dir
+    from edgelm_models.listing import listing
+
+    models = listing()
+    if as_json:
+        print_json({"cache": cache_dir(), "models": models})
+        return
+    rows = [
+        (
+            model.name,
+            human(model.size_bytes),
+            model.quantization,
+            str(model.context or "?"),
+            _age(model.last_used_s),
+            model.file or f"not here: edgelm pull {model.name}",
+        )
+        for model in models
+    ]
+    print_table(("name", "size", "type", "context", "used", "where"), rows)
+
+
+@click.command()
+@model_argument("name")
+@quiet_option
+def rm(name: str, quiet: bool) -> None:
+    """Remove a pulled model and what was derived from it."""
+    from edgelm.sizes import human
+    from edgelm_models.cache import remove
+
+    freed = remove(name)
+    if not quiet:
+        click.echo(f"{name} is removed: {human(freed)} are free again")
+
+
+def _age(last_used_s: float | None) -> str:
+    import time
+
+    if last_used_s is None:
+        return "-"
+    age_s = max(0.0, time.time() - last_used_s)
+    for unit_s, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if age_s >= unit_s:
+            return f"{age_s / unit_s:.0f} {unit} ago"
+    return "just now"

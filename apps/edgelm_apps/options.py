@@ -1,0 +1,130 @@
+"""Options that several commands share, and the values they become. Checks nothing that the engine checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete names of the catalogue and the cache; anything else is a file."""
+    from edgelm_models.listing import listing
+
+    found = [CompletionItem(model.name) for model in listing() if model.name.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]
+
+
+def model_argument(name: str = "model", required: bool = True) -> Callable[[F], F]:
+    return click.argument(name, required=required, shell_complete=complete_model)
+
+
+def _biases(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[int, float]:
+    biases = {}
+    for value in values:
+        token_id, _, bias = value.partition("=")
+        try:
+            biases[int(token_id)] = float(bias)
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not ID=BIAS, such as 42=-100") from None
+    return biases
+
+
+def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def engine_options(command: F) -> F:
+    """`--memory --backend --threads --context`: how a model is loaded."""
+    return _together(
+        click.option(
+            "--memory",
+            metavar="SIZE",
+            help="Budget of the whole process: 300MB, 1GiB. [default: what the device can spare]",
+        ),
+        click.option(
+            "--backend",
+            metavar="NAME",
+            help="What computes; `edgelm backends` lists them. [default: the fastest healthy one]",
+        ),
+        click.option("--threads", type=click.IntRange(min=1), help="Computing threads. [default: free physical cores]"),
+        click.option(
+            "--context",
+            type=click.IntRange(min=1),
+            help="Tokens that prompt and answer may have. [default: what model and budget allow]",
+        ),
+    )(command)
+
+
+def sampling_options(command: F) -> F:
+    """Everything that chooses the next token, and when to stop."""
+    return _together(
+        click.option(
+            "--max-tokens",
+            type=click.IntRange(min=1),
+            help="Longest answer, in tokens. [default: until the model ends it]",
+        ),
+        click.option(
+            "--temperature", type=click.FloatRange(min=0), help="0 always takes the likeliest token. [default: 0]"
+        ),
+        click.option("--top-k", type=click.IntRange(min=0), help="Choose among the K likeliest tokens; 0 is all."),
+        click.option(
+            "--top-p", type=click.FloatRange(0, 1), help="Choose among the likeliest tokens that add up to P."
+        ),
+        click.option(
+            "--min-p", type=click.FloatRange(0, 1), help="Drop tokens less likely than P times the likeliest."
+        ),
+        click.option("--typical-p", type=click.FloatRange(0, 1), help="Keep the most typical tokens that add up to P."),
+        click.option("--repeat-penalty", type=float, help="Divide the logits of recent tokens by this; 1 is off."),
+        click.option("--presence-penalty", type=float, help="Subtract this from the logit of every token seen."),
+        click.option("--frequency-penalty", type=float, help="Subtract this for each time a token was seen."),
+        click.option(
+            "--logit-bias",
+            callback=_biases,
+            multiple=True,
+            metavar="ID=BIAS",
+            help="Add BIAS to the logit of token ID. Repeatable.",
+        ),
+        click.option("--seed", type=int, help="Makes sampling repeatable."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT. Repeatable."),
+        click.option(
+            "--overflow",
+            type=click.Choice(["error", "trim"]),
+            help="When the context is full: fail, or drop the oldest turns. [default: error]",
+        ),
+    )(command)
+
+
+offline_option = click.option("--offline", is_flag=True, help="Fetch nothing: use only what is on this machine.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+_ENGINE = ("memory", "backend", "threads", "context")
+_SAMPLING = (
+    "max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
+    "frequency_penalty", "seed", "overflow",
+)  # fmt: skip
+
+
+def engine_values(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the engine options out of `given`; those not given are left to the engine's defaults."""
+    return {key: value for key in _ENGINE if (value := given.pop(key)) is not None}
+
+
+def sampling_values(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the sampling options out of `given`; those not given are left to the engine's defaults."""
+    values = {key: value for key in _SAMPLING if (value := given.pop(key)) is not None}
+    if biases := given.pop("logit_bias"):
+        values["logit_bias"] = biases
+    if stops := given.pop("stop"):
+        values["stop"] = list(stops)
+    return values

@@ -1,0 +1,26 @@
+"""`edgelm plan`: where every megabyte would go, without loading the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from edgelm_apps.options import engine_options, engine_values, json_option, model_argument
+
+
+@click.command()
+@model_argument()
+@json_option
+@engine_options
+def plan(model: str, as_json: bool, **given: Any) -> None:
+    """Show what stays, what streams and how fast, without loading."""
+    import edgelm
+    from edgelm_apps.output import print_json
+    from edgelm_models.pull import locate
+
+    made = edgelm.plan(locate(model), **engine_values(given))
+    if as_json:
+        print_json(made.as_dict())
+    else:
+        click.echo(str(made))

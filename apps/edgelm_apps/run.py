@@ -1,0 +1,139 @@
+"""`edgelm run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgelm_apps.options import (
+    engine_options,
+    engine_values,
+    json_option,
+    model_argument,
+    offline_option,
+    quiet_option,
+    sampling_options,
+    sampling_values,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from edgelm import Chunk, Model
+
+
+@click.command()
+@model_argument()
+@click.argument("prompt", required=False)
+@click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+@click.option(
+    "--prompt-file",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="Take the prompt from FILE, byte for byte; stdin is left alone.",
+)
+@click.option("--raw", is_flag=True, help="No chat template: the model continues the text itself.")
+@click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token, for measuring.")
+@click.option("--show-prompt", is_flag=True, help="Show the rendered prompt (stderr; field `prompt` of --json).")
+@json_option
+@quiet_option
+@offline_option
+@engine_options
+@sampling_options
+def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool, **given: Any) -> int:
+    """Answer one prompt.
+
+    MODEL is a path or a name: a name that is not on this machine is pulled.
+
+    Text on stdin is joined to PROMPT after a blank line, or is the prompt if there is none.
+    """
+    from edgelm_apps.engine import find_model, interruptible, open_model, start_lines
+    from edgelm_apps.output import note, print_json
+
+    prompt = _prompt(given.pop("prompt"), given.pop("prompt_file"))
+    engine, sampling = engine_values(given), sampling_values(given)
+    if given.pop("ignore_eos"):
+        sampling["ignore_eos"] = True
+    if given["raw"] and given["system"] is not None:
+        raise click.UsageError("--system needs the chat template, and --raw leaves it out: give one of them")
+    path = find_model(model, offline=offline, quiet=quiet)
+    with open_model(path, engine) as loaded:
+        if not quiet and not as_json:
+            for line in start_lines(loaded):
+                note(line)
+        rendered, chunks = _answer(loaded, prompt, given["system"], given["raw"], sampling)
+        if show_prompt and not as_json:
+            click.echo(rendered, err=True)
+        with interruptible(loaded), closing(chunks):
+            result = _collect(chunks, _say_nothing if as_json else _say)
+        if as_json:
+            print_json(result | {"prompt": rendered} if show_prompt else result)
+    return 130 if result["finish_reason"] == "cancelled" else 0
+
+
+def _prompt(prompt: str | None, file: Any) -> str:
+    if file is not None:
+        if prompt is not None:
+            raise click.UsageError("give PROMPT or --prompt-file, not both")
+        return _decoded(file.read(), file.name)
+    stdin = click.get_binary_stream("stdin")
+    joined = "" if stdin.isatty() else _decoded(stdin.read(), "stdin").removesuffix("\n").removesuffix("\r")
+    parts = [part for part in (prompt, joined) if part]
+    if not parts:
+        raise click.UsageError("there is no prompt: give PROMPT, pipe text into stdin, or use --prompt-file")
+    return "\n\n".join(parts)
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{where} is not UTF-8 text (byte {error.start}); convert it first") from error
+
+
+def _answer(
+    model: Model, prompt: str, system: str | None, raw: bool, sampling: dict[str, Any]
+) -> tuple[str, Generator[Chunk, None, None]]:
+    from edgelm_apps.engine import ask, complete
+
+    if raw:
+        return prompt, complete(model, prompt, sampling)
+    chat = model.chat(system=system)
+    return chat.render(prompt), ask(chat, prompt, sampling)
+
+
+def _collect(chunks: Generator[Chunk, None, None], say: Callable[[str], None]) -> dict[str, Any]:
+    from edgelm_apps.engine import statistics
+
+    texts: list[str] = []
+    token_ids: list[int] = []
+    last: Chunk | None = None
+    for last in chunks:
+        texts.append(last.text)
+        if last.token_id is not None:
+            token_ids.append(last.token_id)
+        say(last.text)
+    say("\n")
+    assert last is not None, "a stream ends with a chunk that says why"
+    return {
+        "text": "".join(texts),
+        "token_ids": token_ids,
+        "prompt_tokens": last.usage.prompt_tokens,
+        "completion_tokens": last.usage.completion_tokens,
+        "finish_reason": last.finish_reason,
+        "backend": last.usage.backend,
+        "budget_bytes": last.usage.budget_bytes,
+        "stats": statistics(last.usage),
+    }
+
+
+def _say(text: str) -> None:
+    if text:
+        click.echo(text, nl=False)  # click flushes, so that each piece appears as it comes
+
+
+def _say_nothing(text: str) -> None:
+    """With --json the text is printed once, at the end."""

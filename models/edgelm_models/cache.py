@@ -1,0 +1,200 @@
+"""Where pulled models live on disk, and what is there.
+
+A model is registered by one rename of a whole folder, so a killed pull leaves nothing half visible.
+Knows no source and opens no connection.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgelm.errors import DownloadError, ModelNotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MANIFEST = "manifest.json"
+
+
+def cache_dir() -> Path:
+    """Return the folder for models and derived files: `EDGELM_CACHE`, or the user's cache folder."""
+    configured = os.environ.get("EDGELM_CACHE")
+    if configured:
+        return Path(configured).expanduser().absolute()
+    from platformdirs import user_cache_path  # 4 MB of imports that a configured cache can spare
+
+    return user_cache_path("edgelm", appauthor=False)
+
+
+@dataclass(frozen=True, slots=True)
+class CachedModel:
+    """One pulled model. `file` is absolute; for a split model it is the first shard of `files`."""
+
+    name: str
+    file: str
+    files: tuple[str, ...]
+    size_bytes: int
+    sha256: str
+    quantization: str
+    context: int | None
+    licence: str
+    source: str
+    pulled_at_s: float
+
+    @property
+    def path(self) -> Path:
+        return Path(self.file)
+
+    @property
+    def exists(self) -> bool:
+        return all(os.path.isfile(file) for file in self.files)
+
+
+def folder_of(name: str) -> Path:
+    """Return the folder that registers `name`: one for each name, safe on every file system."""
+    return cache_dir() / "models" / safe_name(name)
+
+
+def safe_name(name: str) -> str:
+    # Hub names allow neither "--" nor "@", so two names never share a folder.
+    return name.replace("/", "--").replace(":", "@")
+
+
+def downloads_of(name: str) -> Path:
+    """Return the folder of what is on its way or was set aside: never looked at when models are listed."""
+    return cache_dir() / "downloads" / safe_name(name)
+
+
+def find(name: str) -> CachedModel | None:
+    """Return the registered model, or None if it is not there, or its files are gone."""
+    model = _read_manifest(folder_of(name))
+    return model if model is not None and model.exists else None
+
+
+def cached_models() -> list[CachedModel]:
+    """Return every registered model, by name."""
+    root = cache_dir() / "models"
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    found = (_read_manifest(folder) for folder in folders)
+    return [model for model in found if model is not None and model.exists]
+
+
+def register(model: CachedModel, staged: Path) -> CachedModel:
+    """Make `staged` (a folder beside `models`, which may hold files of the model) the entry of `model.name`.
+
+    Files of `model` inside `staged` are given by their name alone and become absolute.
+    """
+    with open(staged / MANIFEST, "w", encoding="utf-8") as out:
+        json.dump(asdict(model), out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+    target = folder_of(model.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(staged, target)
+    registered = _read_manifest(target)
+    assert registered is not None
+    return registered
+
+
+def touch(model: CachedModel) -> None:
+    """Remember that `model` was used now; a read-only cache is fine."""
+    with suppress(OSError):
+        os.utime(folder_of(model.name) / MANIFEST)
+
+
+def last_used_s(model: CachedModel) -> float:
+    """Return when `model` was last used, in seconds since the epoch."""
+    return os.stat(folder_of(model.name) / MANIFEST).st_mtime
+
+
+def remove(name: str) -> int:
+    """Remove `name`, what was left of its downloads, and its tokenizer cache; return the bytes freed.
+
+    Raises `ModelNotFound` if there is nothing to remove, `DownloadError` while it is being pulled.
+    """
+    folder, downloads = folder_of(name), downloads_of(name)
+    if not folder.exists() and not downloads.exists():
+        raise ModelNotFound(f"{name!r} is not in the cache {cache_dir()}; `edgelm list` shows what is")
+    with pull_lock(name, waiting=None):
+        model = _read_manifest(folder)
+        freed = _tree_bytes(folder) + _tree_bytes(downloads)
+        if model is not None:
+            derived = cache_dir() / "tokenizers" / model.sha256
+            freed += _tree_bytes(derived)
+            shutil.rmtree(derived, ignore_errors=True)
+        # The manifest goes first: what remains after a kill is not a model.
+        (folder / MANIFEST).unlink(missing_ok=True)
+        for tree in (folder, downloads):
+            if tree.exists():
+                shutil.rmtree(tree)
+        if model is not None and model.source == "hub":
+            freed += _remove_shared(model)
+    return freed
+
+
+@contextmanager
+def pull_lock(name: str, waiting: Callable[[], None] | None) -> Iterator[None]:
+    """Hold the lock of `name` among all processes; `waiting` is called once if another has it.
+
+    With `waiting=None` raises `DownloadError` instead of waiting.
+    """
+    from filelock import FileLock, Timeout  # brings asyncio along: only who pulls pays for it
+
+    folder = cache_dir() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{safe_name(name)}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if waiting is None:
+            raise DownloadError(f"{name} is being pulled by another process; wait for it to end") from None
+        waiting()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def now_s() -> float:
+    return time.time()
+
+
+def _read_manifest(folder: Path) -> CachedModel | None:
+    try:
+        fields = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        fields["files"] = tuple(str(folder / file) for file in fields["files"])
+        fields["file"] = str(folder / fields["file"])
+        return CachedModel(**fields)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # no manifest that this version can read: not registered, and a pull replaces it
+
+
+def _remove_shared(model: CachedModel) -> int:
+    """Delete a hub model's files from the shared hub cache; blobs that another snapshot links to stay."""
+    freed = 0
+    for file in map(Path, model.files):
+        blob = file.resolve()
+        if blob == file and file.exists():  # a file system without links: the file is the blob
+            freed += file.stat().st_size
+        file.unlink(missing_ok=True)
+        snapshots = next((parent for parent in file.parents if parent.name == "snapshots"), None)
+        links = snapshots.rglob("*") if snapshots is not None else ()
+        if blob != file and blob.exists() and not any(link.resolve() == blob for link in links if link.is_symlink()):
+            freed += blob.stat().st_size
+            blob.unlink()
+    return freed
+
+
+def _tree_bytes(root: Path) -> int:
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) if root.is_dir() else 0
