@@ -1,0 +1,184 @@
+"""Operations on rows of activations: norms, activations, sums, rotary positions, and moving columns and rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from edgelm.engine.ir import NormSpec, RopeSpec
+from edgelm_numpy.dequantize import Floats
+from edgelm_numpy.frame import Frame, Site, Step, at
+
+
+def lower_rms_norm(site: Site) -> Step:
+    spec = site.op.params
+    assert isinstance(spec, NormSpec)
+    grouped = (site.rows, spec.groups, site.width // spec.groups)
+
+    def run(frame: Frame) -> None:
+        x = frame.values[site.op.inputs[0]].reshape(grouped)
+        out = frame.values[site.op.output].reshape(grouped)
+        np.multiply(x, x, out=out)
+        rms = np.sqrt(out.mean(axis=2, keepdims=True) + np.float32(spec.eps))
+        np.divide(x, rms, out=out)
+        for scale in site.op.weights:
+            np.multiply(out, frame.vector(scale, site.first_weight), out=out)
+
+    return Step(run, heap_bytes=site.rows * spec.groups * 12 + 4 * grouped[2])
+
+
+def lower_concat(site: Site) -> Step:
+    def run(frame: Frame) -> None:
+        np.concatenate([frame.values[tile] for tile in site.op.inputs], axis=1, out=frame.values[site.op.output])
+
+    return Step(run)
+
+
+def lower_slice(site: Site) -> Step:
+    assert isinstance(site.op.params, tuple)
+    start, width = site.op.params
+
+    def run(frame: Frame) -> None:
+        frame.values[site.op.output][...] = frame.values[site.op.inputs[0]][:, start : start + width]
+
+    return Step(run)
+
+
+def lower_add(site: Site) -> Step:
+    return _pair(site, lambda a, b, out: np.add(a, b, out=out))
+
+
+def lower_mul(site: Site) -> Step:
+    return _pair(site, lambda a, b, out: np.multiply(a, b, out=out))
+
+
+def lower_gate(site: Site) -> Step:
+    return _pair(site, {"silu": _silu_gate, "gelu": _gelu_gate}[str(site.op.params)])
+
+
+def lower_scale(site: Site) -> Step:
+    factor = np.float32(_number(site))
+
+    def run(frame: Frame) -> None:
+        np.multiply(frame.values[site.op.inputs[0]], factor, out=frame.values[site.op.output])
+
+    return Step(run)
+
+
+def lower_softcap(site: Site) -> Step:
+    cap = np.float32(_number(site))
+
+    def run(frame: Frame) -> None:
+        out = frame.values[site.op.output]
+        np.divide(frame.values[site.op.inputs[0]], cap, out=out)
+        np.tanh(out, out=out)
+        np.multiply(out, cap, out=out)
+
+    return Step(run)
+
+
+def lower_select(site: Site) -> Step:
+    def run(frame: Frame) -> None:
+        wanted = at(frame.bindings.out_rows, (site.rows,), np.int32)
+        np.take(frame.values[site.op.inputs[0]], wanted, axis=0, out=frame.values[site.op.output], mode="clip")
+
+    return Step(run, heap_bytes=8 * site.rows)
+
+
+def lower_rope(site: Site) -> Step:
+    spec = site.op.params
+    assert isinstance(spec, RopeSpec)
+    half, heads = spec.n_dims // 2, (site.rows, spec.n_heads, site.width // spec.n_heads)
+
+    def run(frame: Frame) -> None:
+        x = frame.values[site.op.inputs[0]].reshape(heads)
+        out = frame.values[site.op.output].reshape(heads)
+        pairs = (slice(0, half), slice(half, 2 * half)) if spec.neox else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+        (x_0, x_1), (out_0, out_1) = ((array[..., pair] for pair in pairs) for array in (x, out))
+        cos, sin = _angles(frame, site, spec)
+        product = frame.work[0][: x_0.size].reshape(x_0.shape)
+        np.multiply(x_0, cos, out=out_0)
+        out_0 -= np.multiply(x_1, sin, out=product)
+        np.multiply(x_0, sin, out=out_1)
+        out_1 += np.multiply(x_1, cos, out=product)
+        out[..., 2 * half :] = x[..., 2 * half :]
+
+    return Step(run, site.rows * spec.n_heads * half, 6 * 4 * site.rows * half)
+
+
+def _angles(frame: Frame, site: Site, spec: RopeSpec) -> tuple[Floats, Floats]:
+    """Cosines and sines of the positions, float32 [n_tokens, 1, n_dims / 2], as ggml_rope_cache_init makes them."""
+    factors = frame.vector(site.op.weights[0], site.first_weight) if site.op.weights else None
+    key = (replace(spec, n_heads=1), frame.bindings.weights[site.first_weight] if site.op.weights else None)
+    if key in frame.memo:
+        cos, sin = frame.memo[key]
+        return cos, sin
+    half = spec.n_dims // 2
+    # Repeated products, not powers: ggml rounds to float32 after each, and at long contexts the difference shows.
+    theta = np.full((site.rows, half), np.float32(spec.base) ** np.float32(-2.0 / spec.n_dims), np.float32)
+    theta[:, 0] = frame.positions()
+    np.multiply.accumulate(theta, axis=1, out=theta)
+    if factors is not None:
+        theta /= factors
+    magnitude = spec.attn_factor
+    if spec.ext_factor:
+        mix = _yarn_ramp(spec) * np.float32(spec.ext_factor)
+        theta = theta * np.float32(spec.freq_scale) * (1 - mix) + theta * mix
+        magnitude *= 1 + 0.1 * math.log(1 / spec.freq_scale)
+    else:
+        theta *= np.float32(spec.freq_scale)
+    cos, sin = np.cos(theta)[:, None], np.sin(theta, out=theta)[:, None]
+    cos *= np.float32(magnitude)
+    sin *= np.float32(magnitude)
+    frame.memo = {key: (cos, sin)}  # the angles of one layer at a time: queries and keys share them
+    return cos, sin
+
+
+def _yarn_ramp(spec: RopeSpec) -> Floats:
+    """How far each frequency is extrapolated, 1 … 0: ggml_rope_yarn_corr_dims and rope_yarn_ramp."""
+
+    def dimension(n_rotations: float) -> float:
+        wave = spec.n_ctx_orig / (n_rotations * 2 * math.pi)
+        return spec.n_dims * math.log(wave) / (2 * math.log(spec.base))
+
+    low = max(0.0, math.floor(dimension(spec.beta_fast)))
+    high = min(spec.n_dims - 1.0, math.ceil(dimension(spec.beta_slow)))
+    ramp: Floats = (np.arange(spec.n_dims // 2, dtype=np.float32) - np.float32(low)) / np.float32(max(1e-3, high - low))
+    return np.subtract(1, np.clip(ramp, 0, 1), dtype=np.float32)
+
+
+def _silu_gate(gate: Floats, up: Floats, out: Floats) -> None:
+    np.negative(gate, out=out)
+    np.exp(out, out=out)
+    out += 1
+    np.divide(gate, out, out=out)
+    out *= up
+
+
+def _gelu_gate(gate: Floats, up: Floats, out: Floats) -> None:
+    np.multiply(gate, gate, out=out)
+    out *= 0.044715
+    out += 1
+    out *= gate
+    out *= math.sqrt(2 / math.pi)
+    np.tanh(out, out=out)
+    out += 1
+    out *= gate
+    out *= 0.5
+    out *= up
+
+
+def _pair(site: Site, compute: Callable[[Floats, Floats, Floats], object]) -> Step:
+    def run(frame: Frame) -> None:
+        a, b = (frame.values[value] for value in site.op.inputs)
+        compute(a, b, frame.values[site.op.output])
+
+    return Step(run)
+
+
+def _number(site: Site) -> float:
+    assert isinstance(site.op.params, float)
+    return site.op.params
