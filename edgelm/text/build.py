@@ -1,0 +1,229 @@
+"""Turn the tokenizer part of a GGUF header into flat tables.
+
+Memory beyond the tables stays small: strings pass one by one. Knows metadata keys; runs no tokenizer.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgelm.errors import UnsupportedModel
+from edgelm.text import special
+from edgelm.text.pretokenize import PreTokenizer, pre_tokenizer
+from edgelm.text.tables import (
+    BIGRAM_BITS,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Tables,
+    bigram_bit,
+    pack,
+    pair_bucket,
+)
+
+_ATTR_OF_TYPE = bytes((0, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE))
+_DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {"bos": 11, "eos": 11}, "gemma4": {}}
+_CHUNK = 8192
+
+
+class Strings(Protocol):
+    """What is asked of a string array in the metadata."""
+
+    def __len__(self) -> int: ...
+    def iter_raw(self) -> Iterator[bytes]: ...
+
+
+class ModelHeader(Protocol):
+    """What is asked of an opened model: `edgelm.files.ModelFile` is one."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+def build_tables(metadata: Mapping[str, Any]) -> list[bytes]:
+    """Return the chunks of the tables for the tokenizer in `metadata`.
+
+    Raises `UnsupportedModel` for a kind of tokenizer, or a pre-tokenizer, that edgelm does not have.
+    """
+    kind = metadata.get("tokenizer.ggml.model", "none")
+    if kind not in _DEFAULT_IDS:
+        raise UnsupportedModel(
+            f"the file's tokenizer is of kind {kind!r} (known: gpt2, llama, gemma4); use another model"
+        )
+    pre = pre_tokenizer("gemma4" if kind == "gemma4" else metadata.get("tokenizer.ggml.pre", ""))
+    strings: Strings | None = metadata.get("tokenizer.ggml.tokens")
+    if strings is None or not len(strings):
+        raise UnsupportedModel("the file holds no vocabulary (tokenizer.ggml.tokens); convert the model again")
+    merged = kind != "llama"
+    texts = _Texts()
+    bigrams = _Bigrams() if pre.raw or not merged else None
+    for token, text in enumerate(strings.iter_raw()):
+        texts.append(text or b"[EMPTY_%d]" % token)
+        if bigrams is not None:
+            bigrams.add(text)
+    attrs = bytearray(_attrs(metadata, len(strings)))
+    meta = _meta(metadata, kind, pre, texts, attrs)
+    sections: dict[str, tuple[str, Any]] = {"attrs": ("B", attrs)}
+    if merged:
+        sections |= _pairs(metadata, texts, bigrams)
+    else:
+        sections["ranks"] = ("I", _ranks(metadata, len(strings)).tobytes())
+    if bigrams is not None:
+        sections["bigrams"] = ("B", bigrams.finish())
+    return pack(meta, texts.sections() | sections)
+
+
+def _attrs(metadata: Mapping[str, Any], n_tokens: int) -> bytes:
+    types = metadata.get("tokenizer.ggml.token_type")
+    if types is None:
+        return bytes((NORMAL,)) * n_tokens
+    if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) < n_tokens:
+        raise UnsupportedModel("tokenizer.ggml.token_type does not fit the vocabulary; convert the model again")
+    known = np.where((types[:n_tokens] < 0) | (types[:n_tokens] >= len(_ATTR_OF_TYPE)), 0, types[:n_tokens])
+    return np.frombuffer(_ATTR_OF_TYPE, dtype=np.uint8)[known].tobytes()
+
+
+def _meta(metadata: Mapping[str, Any], kind: str, pre: PreTokenizer, texts: _Texts, attrs: bytearray) -> dict[str, Any]:
+    ids = special.special_ids(metadata, len(attrs), _DEFAULT_IDS[kind])
+    if pre.name in ("chatglm-bpe", "glm4", "glm5") and "tokenizer.ggml.bos_token_id" not in metadata:
+        ids.pop("bos", None)
+    lookup = texts.lookup()
+    ends = special.settle(attrs, lookup.find, lookup.text, ids)
+    kinds = np.frombuffer(bytes(attrs), dtype=np.uint8) & (CONTROL | USER_DEFINED | UNKNOWN)
+    found = sorted(np.flatnonzero(kinds).tolist(), key=lambda token: -len(lookup.text(token)))
+    name = str(metadata.get("general.name", "")).lower()
+    if "phi-3" in name or "phi3" in name:
+        special.strip_right(attrs, found, lookup.find)
+    spm = kind == "llama"
+    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", spm or pre.add_bos))
+    return {
+        "kind": kind,
+        "pre": pre.name,
+        "ids": ids,
+        "ends": ends,
+        "special": found,
+        "add_bos": add_bos or pre.name in ("gemma4", "granite-embed-multi-311m"),
+        "add_eos": bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+        "add_space_prefix": spm and bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+    }
+
+
+class _Texts:
+    """Token texts in a row, with their hashes."""
+
+    def __init__(self) -> None:
+        self._blob, self._offsets, self._hashes = bytearray(), array("I", [0]), array("I")
+
+    def append(self, text: bytes) -> None:
+        self._blob += text
+        self._offsets.append(len(self._blob))
+        self._hashes.append(zlib.crc32(text))
+
+    def sections(self) -> dict[str, tuple[str, Any]]:
+        starts, order = _buckets(np.frombuffer(self._hashes, dtype=np.uint32))
+        return {
+            "text": ("B", self._blob),
+            "offsets": ("I", self._offsets.tobytes()),
+            "starts": ("I", starts.tobytes()),
+            "ids": ("I", order.tobytes()),
+        }
+
+    def lookup(self) -> Tables:
+        """Return tables that find the texts so far."""
+        sections = self.sections() | {"attrs": ("B", bytes(len(self._hashes)))}
+        return Tables(b"".join(pack({}, sections)))
+
+
+def _buckets(hashes: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+    """Group items by hash: bucket `b` has the items `order[starts[b]:starts[b + 1]]`, the last item first."""
+    n_buckets = 1 << max(4, (len(hashes) - 1).bit_length())
+    bucket = (hashes & np.uint64(n_buckets - 1)).astype(np.uint32)
+    starts = np.zeros(n_buckets + 1, dtype=np.uint32)
+    np.cumsum(np.bincount(bucket, minlength=n_buckets), out=starts[1:])
+    order = len(hashes) - 1 - np.argsort(bucket[::-1], kind="stable")
+    return starts, order.astype(np.uint32)
+
+
+def _ranks(metadata: Mapping[str, Any], n_tokens: int) -> npt.NDArray[np.uint32]:
+    """Return the rank of each token by score, 0 for the highest; equal scores have equal ranks."""
+    scores = metadata.get("tokenizer.ggml.scores")
+    if scores is None:
+        return np.zeros(n_tokens, dtype=np.uint32)
+    if not isinstance(scores, np.ndarray) or scores.dtype.kind not in "fi" or len(scores) < n_tokens:
+        raise UnsupportedModel("tokenizer.ggml.scores does not fit the vocabulary; convert the model again")
+    values, ranks = np.unique(scores[:n_tokens].astype(np.float32), return_inverse=True)
+    return (len(values) - 1 - ranks).astype(np.uint32)
+
+
+def _pairs(metadata: Mapping[str, Any], texts: _Texts, bigrams: _Bigrams | None) -> dict[str, tuple[str, Any]]:
+    merges: Strings | None = metadata.get("tokenizer.ggml.merges")
+    if merges is None:
+        raise UnsupportedModel("the file holds no merges (tokenizer.ggml.merges); convert the model again")
+    find = texts.lookup().find
+    extra: dict[bytes, int] = {}
+    n_known = len(texts._hashes)
+
+    def id_of(text: bytes) -> int:
+        known = find(text)
+        if known >= 0:
+            return known
+        if text not in extra:
+            extra[text] = n_known + len(extra)
+        return extra[text]
+
+    keys, values = array("Q"), array("Q")
+    for rank, merge in enumerate(merges.iter_raw()):
+        space = merge.find(b" ", 1)
+        if space > 0:
+            left, right = merge[:space], merge[space + 1 :]
+            keys.append(id_of(left) << 32 | id_of(right))
+            values.append(rank << 32 | id_of(left + right))
+    for text in extra:
+        texts.append(text)
+        if bigrams is not None:
+            bigrams.add(text)
+    return _pair_sections(np.frombuffer(keys, dtype=np.uint64), np.frombuffer(values, dtype=np.uint64))
+
+
+def _pair_sections(keys: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]) -> dict[str, tuple[str, Any]]:
+    keys, first = np.unique(keys, return_index=True)  # of a merge that stands twice, the first counts
+    starts, order = _buckets(pair_bucket(keys >> np.uint64(32), keys & np.uint64(0xFFFFFFFF)))
+    return {
+        "pair_starts": ("I", starts.tobytes()),
+        "pair_keys": ("Q", keys[order].tobytes()),
+        "pair_values": ("Q", values[first][order].tobytes()),
+    }
+
+
+class _Bigrams:
+    """A bit for each two characters that stand side by side in some token; a set bit may mean another two."""
+
+    def __init__(self) -> None:
+        self._bits = np.zeros(BIGRAM_BITS, dtype=np.bool_)
+        self._pending: list[bytes] = []
+
+    def add(self, text: bytes) -> None:
+        self._pending.append(text)
+        if len(self._pending) == _CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        joined = b"\0".join(self._pending).decode("utf-8", "replace")
+        points = np.frombuffer(joined.encode("utf-32-le"), dtype="<u4").astype(np.uint64)
+        self._bits[bigram_bit(points[:-1], points[1:])] = True
+        self._pending.clear()
+
+    def finish(self) -> bytes:
+        self._flush()
+        return np.packbits(self._bits, bitorder="little").tobytes()
