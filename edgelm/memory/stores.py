@@ -97,6 +97,8 @@ class _FileStore:
         handle, lead = self._handles[file], offset % PAGE
         if offset + n_bytes > self._identities[file][0]:
             raise self._ends_early(file, offset, n_bytes, self._identities[file][0])
+        if n_bytes == 0:
+            return at + lead
         start, room = offset - lead, span(offset, n_bytes)
         done = 0
         try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from functools import cache
 
+from edgelm.memory.platform.allocator import trim, tune_allocator
 from edgelm.memory.platform.base import Platform
 
-__all__ = ["Platform", "current_platform"]
+__all__ = ["Platform", "current_platform", "trim", "tune_allocator"]
 
 
 @cache
