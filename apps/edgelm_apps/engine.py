@@ -13,20 +13,32 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import click
+
 if TYPE_CHECKING:
     from edgelm import Chat, Chunk, Model, Usage
 
 
 def find_model(model: str, *, offline: bool, quiet: bool) -> Path:
     """Return the file of a path or a name; a name that is not on this machine is pulled, and that is announced."""
-    from edgelm_apps.output import PullDisplay
-    from edgelm_models.pull import obtain
+    import subprocess
+    import sys
 
-    display = PullDisplay(quiet)
-    try:
-        return obtain(model, offline=offline, observer=display)
-    finally:
-        display.close()
+    from edgelm_apps.output import note
+    from edgelm_models.pull import locate, lookup
+
+    path = lookup(model)
+    if path is not None:
+        return path
+    if not quiet:
+        note(f"{model} is not on this machine yet: pulling it once")
+    # In a child: what a download imports (20 MB) would stay in this process and count against the budget.
+    command = [sys.executable, "-m", "edgelm_apps.cli", "pull", model]
+    command += ["--quiet"] * quiet + ["--offline"] * offline
+    code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode
+    if code != 0:
+        raise click.exceptions.Exit(code)  # the child has said why
+    return locate(model)
 
 
 def open_model(path: Path, engine: dict[str, Any]) -> Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -79,8 +80,9 @@ def _prompt(prompt: str | None, file: Any) -> str:
         if prompt is not None:
             raise click.UsageError("give PROMPT or --prompt-file, not both")
         return _decoded(file.read(), file.name)
-    stdin = click.get_binary_stream("stdin")
-    joined = "" if stdin.isatty() else _decoded(stdin.read(), "stdin").removesuffix("\n").removesuffix("\r")
+    joined = (
+        "" if sys.stdin.isatty() else _decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n").removesuffix("\r")
+    )
     parts = [part for part in (prompt, joined) if part]
     if not parts:
         raise click.UsageError("there is no prompt: give PROMPT, pipe text into stdin, or use --prompt-file")

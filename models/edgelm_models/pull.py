@@ -18,33 +18,35 @@ from edgelm_models.hub import HubName, parse_hub_name
 from edgelm_models.progress import Observer, Silent
 
 
+def lookup(model: str) -> Path | None:
+    """Return the file that `model` (a path or a name) means, or None for a name that must be pulled first.
+
+    Fetches nothing. Raises `ModelNotFound`, with near matches, for what is neither a file nor a name.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if model.endswith(".gguf") and not model.startswith("hf:"):
+        raise ModelNotFound(f"there is no file {model!r}; check the path, or name a model of `edgelm list`")
+    hub_name = None if model in CATALOGUE else parse_hub_name(model)
+    cached = cache.find(str(hub_name) if hub_name is not None else model)
+    if cached is not None:
+        cache.touch(cached)
+        return cached.path
+    if hub_name is None and model not in CATALOGUE:
+        raise _unknown(model)
+    return None
+
+
 def locate(model: str) -> Path:
     """Return the file that `model` (a path or a name) means, without fetching anything.
 
     Raises `ModelNotFound` with near matches, or with the command that pulls it.
     """
-    if (path := _as_path(model)) is not None:
-        return path
-    if (cached := _cached(model)) is not None:
-        return cached.path
-    if model in CATALOGUE or parse_hub_name(model) is not None:
+    path = lookup(model)
+    if path is None:
         raise ModelNotFound(f"{model} is not on this machine yet; run `edgelm pull {model}`")
-    raise _unknown(model)
-
-
-def obtain(model: str, *, offline: bool = False, observer: Observer | None = None) -> Path:
-    """Return the file that `model` (a path or a name) means, pulling it on first use.
-
-    Raises `ModelNotFound` for an unknown name, `DownloadError` if it cannot be fetched.
-    """
-    observer = observer or Silent()
-    if (path := _as_path(model)) is not None:
-        return path
-    cached = _cached(model)
-    if cached is None:
-        observer.notice(f"{model} is not on this machine yet: pulling it once")
-        cached = pull(model, offline=offline, observer=observer)
-    return cached.path
+    return path
 
 
 def pull(model: str, *, offline: bool = False, observer: Observer | None = None) -> CachedModel:
@@ -129,23 +131,6 @@ def _fresh_stage(name: str) -> Path:
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     return staged
-
-
-def _as_path(model: str) -> Path | None:
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
-    if model.endswith(".gguf") and not model.startswith("hf:"):
-        raise ModelNotFound(f"there is no file {model!r}; check the path, or name a model of `edgelm list`")
-    return None
-
-
-def _cached(model: str) -> CachedModel | None:
-    hub_name = None if model in CATALOGUE else parse_hub_name(model)
-    found = cache.find(str(hub_name) if hub_name is not None else model)
-    if found is not None:
-        cache.touch(found)
-    return found
 
 
 def _unknown(model: str) -> ModelNotFound:

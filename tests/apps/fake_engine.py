@@ -1,0 +1,161 @@
+"""A simulated engine behind the public names of `edgelm`: it echoes words, and computes nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import edgelm
+from edgelm.errors import BudgetTooSmall, ContextOverflow
+from edgelm.sizes import MB, parse_size
+
+
+@dataclass(frozen=True)
+class FakeUsage:
+    prompt_tokens: int = 5
+    completion_tokens: int = 0
+    ttft_s: float = 0.25
+    prefill_tps: float = 20.0
+    decode_tps: float = 10.0
+    peak_bytes: int = 90 * MB
+    bytes_streamed: int = 7
+    predicted_decode_tps: float = 11.0
+    budget_bytes: int = 100 * MB
+    backend: str = "simulated"
+
+
+@dataclass(frozen=True)
+class FakeChunk:
+    text: str
+    token_id: int | None
+    finish_reason: str | None
+    usage: FakeUsage
+
+
+@dataclass(frozen=True)
+class FakePlan:
+    budget_bytes: int
+    context: int
+    notes: tuple[str, ...] = ("the simulated plan gave in once",)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"budget_bytes": self.budget_bytes, "context": self.context}
+
+    def __str__(self) -> str:
+        return f"plan for {self.budget_bytes} bytes"
+
+
+@dataclass
+class FakeModel:
+    path: Path
+    options: dict[str, Any]
+    asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    closed: bool = False
+    cancelled: bool = False
+    backend: str = "simulated"
+
+    def __post_init__(self) -> None:
+        budget_bytes = parse_size(self.options.get("memory", 100 * MB))
+        if budget_bytes < 10 * MB:
+            raise BudgetTooSmall(budget_bytes, 10 * MB, [("everything", 10 * MB)])
+        self.plan = FakePlan(budget_bytes, self.options.get("context", 64))
+
+    def __enter__(self) -> FakeModel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.closed = True
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[FakeChunk]:
+        self.asked.append((prompt, options))
+        if "overflow" in prompt:
+            raise ContextOverflow(999, self.plan.context)
+        self.cancelled = False
+        words = f"echo: {prompt}".split(" ")
+        for number, word in enumerate(words):
+            time.sleep(float(os.environ.get("FAKE_DELAY_S", "0")))
+            usage = FakeUsage(completion_tokens=number + 1, budget_bytes=self.plan.budget_bytes)
+            reason = "cancelled" if self.cancelled else "stop" if number == len(words) - 1 else None
+            yield FakeChunk(word if number == 0 else f" {word}", 100 + number, reason, usage)
+            if reason:
+                return
+
+    def chat(self, system: str | None = None) -> FakeChat:
+        return FakeChat(self, system)
+
+
+@dataclass
+class FakeChat:
+    model: FakeModel
+    system: str | None
+    turns: int = 0
+
+    def render(self, text: str) -> str:
+        return f"<{self.system}|{text}>"
+
+    def stream(self, text: str, **options: Any) -> Iterator[FakeChunk]:
+        self.turns += 1
+        yield from self.model.stream(f"{self.system or 'none'}#{self.turns} {text}", **options)
+
+
+LOADED: list[FakeModel] = []
+
+
+def load(path: Path, **options: Any) -> FakeModel:
+    LOADED.append(FakeModel(Path(path), options))
+    return LOADED[-1]
+
+
+def inspect(path: Path) -> SimpleNamespace:
+    tensors = [
+        SimpleNamespace(name="token_embd.weight", type="Q4_1", shape=(8, 32), size_bytes=160),
+        SimpleNamespace(name="output_norm.weight", type="F32", shape=(32,), size_bytes=128),
+    ]
+    metadata = {"general.name": "Fake", "tokenizer.ggml.tokens": [f"t{i}" for i in range(100)]}
+    return SimpleNamespace(architecture="llama", metadata=metadata, tensors=tensors, template="{{ messages }}")
+
+
+@dataclass(frozen=True)
+class FakeReport:
+    name: str
+    version: str | None
+    available: bool
+    reason: str | None
+    capabilities: dict[str, Any]
+
+
+def backends() -> list[FakeReport]:
+    return [
+        FakeReport("numpy", "2.0", True, None, {"streams": True, "tensor_types": ["F32", "Q4_0"]}),
+        FakeReport("llamacpp", None, False, "not installed", {}),
+    ]
+
+
+def doctor() -> dict[str, Any]:
+    return {"cores": 2, "available_bytes": 4 * 10**9, "flash": {"read_bytes_per_s": 1.5e9, "direct": True}}
+
+
+def replacements() -> dict[str, Any]:
+    """Return the public names that this module stands in for."""
+    return {
+        "load": load,
+        "plan": lambda path, **options: FakeModel(path, options).plan,
+        "inspect": inspect,
+        "backends": backends,
+        "doctor": doctor,
+        "__version__": "0.0.0+simulated",
+    }
+
+
+def install() -> None:
+    """Replace the public names for the rest of this process (for commands run in a child)."""
+    for name, value in replacements().items():
+        setattr(edgelm, name, value)
