@@ -101,37 +101,56 @@ class Cursor:
         data = bytearray()
         done = 0
         while done < n:
-            lengths = self._whole_strings(n - done)
-            if not lengths:
+            ends = self._short_strings(n - done)
+            if not len(ends):
+                ends = self._whole_strings(n - done)
+            if not len(ends):
                 self._fetch_string(max_bytes, f"{key}[{done}]")
                 continue
-            ends = np.cumsum(np.asarray(lengths, dtype=np.int64) + 8)
-            starts = ends - lengths
-            keep = np.ones(int(ends[-1]), dtype=np.bool_)
+            lengths = np.diff(ends, prepend=self._at) - 8
+            keep = np.ones(int(ends[-1]) - self._at, dtype=np.bool_)
+            starts = ends - lengths - self._at
             for back in range(1, 9):
                 keep[starts - back] = False
-            walked = np.frombuffer(self._window, np.uint8, int(ends[-1]), self._at)
-            offsets[done + 1 : done + 1 + len(lengths)] = len(data) + np.cumsum(lengths)
+            walked = np.frombuffer(self._window, np.uint8, len(keep), self._at)
+            offsets[done + 1 : done + 1 + len(ends)] = len(data) + np.cumsum(lengths)
             data += walked[keep].data
-            self._at += int(ends[-1])
-            done += len(lengths)
+            self._at = int(ends[-1])
+            done += len(ends)
         return StringArray(data, offsets)
 
-    def _whole_strings(self, n: int) -> list[int]:
-        """Return the lengths of the strings, at most `n`, that lie completely in the window."""
-        unpack, window, at, end = _U64.unpack_from, self._window, self._at, len(self._window)
-        last_start = end - 8
-        lengths: list[int] = []
-        append = lengths.append
-        for _ in range(n):
-            if at > last_start:
+    def _short_strings(self, n: int) -> NDArray[np.int64]:
+        """Return the ends in the window of whole strings, at most `n`, as far as all have 1 to 255 bytes.
+
+        The length of such a string is a byte followed by seven zeros, which text does not contain. So all places that
+        look like lengths are found at once, and are lengths as long as each points to the next.
+        """
+        raw = np.frombuffer(self._window, np.uint8)[self._at :]
+        if len(raw) < 8:
+            return np.empty(0, np.int64)
+        zero = raw == 0
+        two = zero[:-1] & zero[1:]
+        four = two[:-2] & two[2:]
+        seven = four[:-3] & four[3:]
+        starts = np.flatnonzero(seven[1:] & ~zero[:-7])
+        if not len(starts) or starts[0]:
+            return np.empty(0, np.int64)
+        ends = starts + 8 + raw[starts]
+        broken = ends[:-1] != starts[1:]
+        n_good = min(n, int(broken.argmax()) + 1 if broken.any() else len(ends))
+        ends = ends[:n_good]
+        return ends[ends <= len(raw)] + self._at
+
+    def _whole_strings(self, n: int) -> NDArray[np.int64]:
+        """Return the ends in the window of at most `n` whole strings of any length."""
+        unpack, window, at = _U64.unpack_from, self._window, self._at
+        ends: list[int] = []
+        while len(ends) < n and at + 8 <= len(window):
+            at += 8 + unpack(window, at)[0]
+            if at > len(window):
                 break
-            (length,) = unpack(window, at)
-            at += 8 + length
-            if at > end:
-                break
-            append(length)
-        return lengths
+            ends.append(at)
+        return np.asarray(ends, dtype=np.int64)
 
     def _fetch_string(self, max_bytes: int, name: str) -> None:
         """Make the window hold the next string completely."""

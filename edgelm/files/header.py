@@ -31,7 +31,7 @@ MAX_DIMS = 4
 MAX_ALIGNMENT = 2**20
 DEFAULT_ALIGNMENT = 32
 
-_MIN_KEY_BYTES = 8 + 1 + 4 + 1  # length, name, value type, value
+_MIN_KEY_BYTES = 8 + 4 + 1  # length of the name, value type, value; an empty name is told apart later
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # length, name, dimensions, one dimension, type, offset
 _INT64_MAX = 2**63 - 1
 

@@ -62,7 +62,8 @@ def random_weights(kind: TensorType, n: int, spread: float, rng: np.random.Gener
     assert rest == 0, f"{n} weights are not a whole number of {kind.name} blocks"
     blocks = rng.integers(0, 256, (n_blocks, kind.block_bytes), dtype=np.uint8)
     if kind is TensorType.MXFP4:
-        blocks[:, 0] = 127 + round(math.log2(2 * spread / _MXFP4_SPREAD)) + rng.integers(-1, 2, n_blocks)
+        exponent = math.log2(2 * spread / _MXFP4_SPREAD)  # rounded up and down so that the mean is right
+        blocks[:, 0] = 127 + np.floor(exponent + rng.random(n_blocks))
         return blocks.tobytes()
     if kind is TensorType.TQ1_0:
         _set_trits(blocks, rng)

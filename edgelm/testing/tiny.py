@@ -219,12 +219,12 @@ def _vector(name: str, n: int, mean: float, gain: float, rng: np.random.Generato
 
 
 def _embedding_gain(spec: TinySpec) -> float:
-    """Return the gain that gives embeddings, after the model's own scaling, a spread of 0.4 beside the blocks' 1.
+    """Return the gain that makes embeddings, after the model's own scaling, 3.2 long beside blocks of spread 1.
 
-    With more, a tied head would only repeat the last token.
+    With longer ones, a tied head would only repeat the last token.
     """
     scale = math.sqrt(spec.n_embd) if spec.architecture.startswith("gemma") else spec.embedding_scale or 1.0
-    return 0.4 * (spec.residual_scale or 1.0) * math.sqrt(spec.n_embd) / scale
+    return 3.2 * (spec.residual_scale or 1.0) / scale
 
 
 def _head_norm(spec: TinySpec) -> float:

@@ -1,0 +1,160 @@
+"""Compute logits the plainest way: all weights in memory, one segment, no window and no plan.
+
+For tests of architectures and backends; it uses as much memory as the file has weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import numpy.typing as npt
+
+from edgelm.engine.architecture import record
+from edgelm.engine.backend import Bindings, CacheGroup, PassShape, Session
+from edgelm.engine.ir import AttendSpec, Placed, Trace, Weight, place
+from edgelm.engine.registry import get_architecture, get_backend
+from edgelm.errors import ContextOverflow
+from edgelm.files.gguf import ModelFile, open_model
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+_ALIGNMENT = 64
+_CAPACITY_STEP = 256
+
+
+def evaluate(
+    path: str | os.PathLike[str],
+    token_ids: Sequence[int],
+    *,
+    backend: str = "numpy",
+    n_context: int | None = None,
+    passes: Sequence[int] | None = None,
+    n_threads: int = 1,
+) -> Floats:
+    """Return the logits after every token, [n_tokens, n_vocab], of the model at `path`.
+
+    `passes` says how many tokens each pass takes: `(40, 1, 1)` is a prompt and two decode steps; all at once without.
+    `n_context` defaults to the training's. Raises what opening and recording the model raise.
+    """
+    model = open_model(path)
+    if n_context is None:
+        n_context = int(model.metadata[f"{model.architecture}.context_length"])
+    if len(token_ids) > n_context:
+        raise ContextOverflow(len(token_ids), n_context)
+    sizes = (len(token_ids),) if passes is None else tuple(passes)
+    assert sum(sizes) == len(token_ids), f"passes of {sizes} do not cover {len(token_ids)} tokens"
+    run = _Run(model, n_context, get_backend(backend).open(n_threads))
+    try:
+        return np.concatenate([run.step(np.asarray(ids)) for ids in _split(token_ids, sizes)])
+    finally:
+        run.session.close()
+
+
+def _split(token_ids: Sequence[int], sizes: Sequence[int]) -> Iterator[Sequence[int]]:
+    start = 0
+    for size in sizes:
+        yield token_ids[start : start + size]
+        start += size
+
+
+class _Run:
+    """A model, its caches, and how many tokens they hold."""
+
+    def __init__(self, model: ModelFile, n_context: int, session: Session) -> None:
+        self.session = session
+        trace: Trace = record(get_architecture(model.architecture), model, n_context)
+        self._placed: Placed = place(trace.ops, trace.values, frozenset({trace.logits}))
+        self._table = next(op.weights[0] for op in trace.ops if op.kind == "embed")
+        self._embeds = [op.kind == "embed" for op in trace.ops for _ in op.weights]
+        self._n_vocab = trace.values[trace.logits].width
+        self._weights = {weight: _read(model, weight) for weight in trace.weights()}
+        self._capacity = -(-n_context // _CAPACITY_STEP) * _CAPACITY_STEP
+        self._caches = [_Cache.of(spec, self._capacity) for spec in trace.attends]
+        by_group = sorted(trace.attends, key=lambda spec: spec.group)
+        self._windows = [next(specs).window for _, specs in groupby(by_group, key=lambda spec: spec.group)]
+        self._n_past = 0
+
+    def step(self, ids: npt.NDArray[np.int64]) -> Floats:
+        """Take one pass over `ids` and return its logits."""
+        n = len(ids)
+        shape = PassShape(n, n, tuple(CacheGroup(self._capacity, self._capacity) for _ in self._windows))
+        program = self.session.compile(self._placed.segment, shape)
+        positions = np.arange(self._n_past, self._n_past + n, dtype=np.int32)
+        out_rows = np.arange(n, dtype=np.int32)
+        places = positions.astype(np.int64)
+        masks = [_mask(positions, self._capacity, window) for window in self._windows]
+        gathered = _copy(self._weights[self._table].reshape(self._table.rows, -1)[ids])
+        logits = _aligned(n * self._n_vocab * 4).view(np.float32).reshape(n, self._n_vocab)
+        weights = [
+            gathered if embed else self._weights[weight]
+            for weight, embed in zip(self._placed.weights, self._embeds, strict=True)
+        ]
+        layers = self._placed.layers
+        program.run(
+            Bindings(
+                inputs=(),
+                outputs=(logits.ctypes.data,),
+                weights=tuple(weight.ctypes.data for weight in weights),
+                keys=tuple(self._caches[layer].keys.ctypes.data for layer in layers),
+                values=tuple(self._caches[layer].values.ctypes.data for layer in layers),
+                positions=positions.ctypes.data,
+                out_rows=out_rows.ctypes.data,
+                places=tuple(places.ctypes.data for _ in self._windows),
+                masks=tuple(mask.ctypes.data for mask in masks),
+            )
+        )
+        self._n_past += n
+        return logits
+
+
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """Keys and values of a layer, laid out as backends expect them."""
+
+    keys: Bytes
+    values: Bytes
+
+    @classmethod
+    def of(cls, spec: AttendSpec, capacity: int) -> _Cache:
+        n = spec.n_kv_heads * capacity * 2
+        return cls(_aligned(n * spec.head_dim_k), _aligned(n * spec.head_dim_v))
+
+
+def _mask(positions: npt.NDArray[np.int32], length: int, window: int) -> Floats:
+    distance = positions[:, None] - np.arange(length, dtype=np.int32)
+    hidden = distance < 0
+    if window:
+        hidden |= distance >= window
+    return np.where(hidden, np.float32(-np.inf), np.float32(0.0))
+
+
+def _read(model: ModelFile, weight: Weight) -> Bytes:
+    info = model.tensors[weight.tensor]
+    data = _aligned(weight.rows * info.row_bytes)
+    with open(model.paths[info.file], "rb") as file:
+        file.seek(info.offset + weight.first_row * info.row_bytes)
+        file.readinto(data.data)
+    return data
+
+
+def _copy(data: Bytes) -> Bytes:
+    copy = _aligned(data.size)
+    copy[:] = data.reshape(-1)
+    return copy
+
+
+def _aligned(n_bytes: int) -> Bytes:
+    """Return zeroed bytes whose address kernels like."""
+    data = np.zeros(n_bytes + _ALIGNMENT, np.uint8)
+    start = -data.ctypes.data % _ALIGNMENT
+    return data[start : start + n_bytes]
+
+
+def logits_error(ours: Floats, theirs: Floats) -> float:
+    """Return the largest difference between logits, as a part of their spread."""
+    return float(np.abs(ours - theirs).max() / theirs.std())
