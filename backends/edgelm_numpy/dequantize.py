@@ -25,7 +25,6 @@ TEMPORARY_BYTES = 4
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-_TWO_BITS = np.array([[0], [2], [4], [6]], np.uint8)
 _POWERS_OF_3 = np.array([[1], [3], [9], [27], [81]], np.uint8)
 
 
@@ -60,118 +59,89 @@ def _bf16(blocks: Bytes, out: Floats) -> None:
 
 
 def _q1_0(blocks: Bytes, out: Floats) -> None:
-    bits = np.unpackbits(blocks[..., 2:], axis=-1, bitorder="little")
-    bits <<= 1
-    bits -= 1
-    _scaled(_signed(bits), _half(blocks, 0), out)
+    q = _planes(_cut(blocks, 2, 18), 1, 1)
+    q <<= 1
+    _scaled(_signed(q, 1), _half(blocks, 0), out)
 
 
 def _q2_0(blocks: Bytes, out: Floats) -> None:
-    q = _spread(blocks[..., 2:, None], _TWO_BITS[:, 0], 3)
-    q -= 1
-    _scaled(_signed(q.reshape(out.shape)), _half(blocks, 0), out)
+    _scaled(_signed(_planes(_cut(blocks, 2, 18), 1, 2), 1), _half(blocks, 0), out)
 
 
 def _q4_0(blocks: Bytes, out: Floats) -> None:
-    low, high = _nibbles(blocks[..., 2:])
-    low -= 8
-    high -= 8
-    out[..., :16], out[..., 16:] = _signed(low), _signed(high)
-    out *= _half(blocks, 0)
+    _scaled(_signed(_planes(_cut(blocks, 2, 18), 16, 4), 8), _half(blocks, 0), out)
 
 
 def _q4_1(blocks: Bytes, out: Floats) -> None:
-    out[..., :16], out[..., 16:] = _nibbles(blocks[..., 4:])
-    out *= _half(blocks, 0)
+    _scaled(_planes(_cut(blocks, 4, 20), 16, 4), _half(blocks, 0), out)
     out += _half(blocks, 2)
 
 
 def _q5_0(blocks: Bytes, out: Floats) -> None:
-    q = _fifth_bits(blocks[..., 2:6], blocks[..., 6:])
-    q -= 16
-    _scaled(_signed(q), _half(blocks, 0), out)
+    _scaled(_signed(_five_bits(blocks, 2), 16), _half(blocks, 0), out)
 
 
 def _q5_1(blocks: Bytes, out: Floats) -> None:
-    _scaled(_fifth_bits(blocks[..., 4:8], blocks[..., 8:]), _half(blocks, 0), out)
+    _scaled(_five_bits(blocks, 4), _half(blocks, 0), out)
     out += _half(blocks, 2)
 
 
 def _q8_0(blocks: Bytes, out: Floats) -> None:
-    _scaled(blocks[..., 2:].view(np.int8), _half(blocks, 0), out)
+    _scaled(_cut(blocks, 2, 34).view(np.int8), _half(blocks, 0), out)
 
 
 def _q2_k(blocks: Bytes, out: Floats) -> None:
-    scales = blocks[..., :16]
-    fine = _by_16(out)
-    fine[...] = _by_16(_four_planes(blocks[..., 16:80]))
-    fine *= (_half(blocks, 80) * (scales & 15))[..., None]
+    scales, fine = blocks[..., :16], _by(out, 16)
+    _scaled(_by(_planes(_cut(blocks, 16, 80), 32, 2), 16), (_half(blocks, 80) * (scales & 15))[..., None], fine)
     fine -= (_half(blocks, 82) * (scales >> 4))[..., None]
 
 
 def _q3_k(blocks: Bytes, out: Floats) -> None:
-    # The high bit of weight 32 g + l is bit g of hmask[l]; where it is missing, 4 is taken off.
-    q = _four_planes(blocks[..., 32:96])
-    high = _spread(blocks[..., None, :32], np.arange(8, dtype=np.uint8)[:, None], 1)
-    high <<= 2
-    q |= high.reshape(q.shape)
-    q -= 4
-    packed = blocks[..., 96:108]
-    scales = np.empty((*blocks.shape[:2], 16), np.uint8)
-    scales[..., :8], scales[..., 8:] = _nibbles(packed[..., :8])
-    high = _spread(packed[..., None, 8:], _TWO_BITS, 3)
-    high <<= 4
-    scales |= high.reshape(scales.shape)
-    scales -= 32
-    _scaled(_by_16(_signed(q)), (_half(blocks, 108) * _signed(scales))[..., None], _by_16(out))
+    # The third bit of weight 32 g + l is bit g of byte l of the mask; a 0 there takes 4 off.
+    q = _planes(_cut(blocks, 32, 96), 32, 2)
+    top = _planes(_cut(blocks, 0, 32), 32, 1)
+    top <<= 2
+    q |= top
+    scales = _planes(_cut(blocks, 96, 104), 8, 4)
+    top = _planes(_cut(blocks, 104, 108), 4, 2)
+    top <<= 4
+    scales |= top
+    d = _half(blocks, 108) * _signed(scales, 32)
+    _scaled(_by(_signed(q, 4), 16), d[..., None], _by(out, 16))
 
 
 def _q4_k(blocks: Bytes, out: Floats) -> None:
-    low, high = _nibbles(blocks[..., 16:])
-    chunks = out.reshape(*out.shape[:2], 4, 2, 32)
-    chunks[..., 0, :], chunks[..., 1, :] = _by(low, 32), _by(high, 32)
-    _scale_and_minimum(blocks, out)
+    _scaled_with_minimum(_planes(_cut(blocks, 16, 144), 32, 4), blocks, out)
 
 
 def _q5_k(blocks: Bytes, out: Floats) -> None:
-    q = np.empty((*blocks.shape[:2], 4, 2, 32), np.uint8)
-    low, high = _nibbles(blocks[..., 48:])
-    q[..., 0, :], q[..., 1, :] = _by(low, 32), _by(high, 32)
-    fifth = _spread(blocks[..., None, 16:48], np.arange(8, dtype=np.uint8)[:, None], 1)
-    fifth <<= 4
-    q |= fifth.reshape(q.shape)
-    out[...] = q.reshape(out.shape)
-    _scale_and_minimum(blocks, out)
+    q = _planes(_cut(blocks, 48, 176), 32, 4)
+    top = _planes(_cut(blocks, 16, 48), 32, 1)
+    top <<= 4
+    q |= top
+    _scaled_with_minimum(q, blocks, out)
 
 
 def _q6_k(blocks: Bytes, out: Floats) -> None:
-    # Of 128 weights, 0…63 are the low and 64…127 the high halves of 64 bytes; two more bits come from 32 bytes.
-    low, high = _nibbles(blocks[..., :128])
-    q = np.empty((*blocks.shape[:2], 2, 2, 64), np.uint8)
-    q[..., 0, :], q[..., 1, :] = _by(low, 64), _by(high, 64)
-    top = _four_planes(blocks[..., 128:192])
+    q = _planes(_cut(blocks, 0, 128), 64, 4)
+    top = _planes(_cut(blocks, 128, 192), 32, 2)
     top <<= 4
-    q |= top.reshape(q.shape)
-    q -= 32
+    q |= top
     scales = _half(blocks, 208) * blocks[..., 192:208].view(np.int8)
-    _scaled(_by_16(_signed(q.reshape(out.shape))), scales[..., None], _by_16(out))
+    _scaled(_by(_signed(q, 32), 16), scales[..., None], _by(out, 16))
 
 
 def _iq4_nl(blocks: Bytes, out: Floats) -> None:
-    _lookup(blocks[..., 2:], _IQ4, out)
-    out *= _half(blocks, 0)
+    _scaled(_looked_up(_planes(_cut(blocks, 2, 18), 16, 4), _IQ4), _half(blocks, 0), out)
 
 
 def _iq4_xs(blocks: Bytes, out: Floats) -> None:
-    _lookup(blocks[..., 8:], _IQ4, out)
-    scales = np.empty((*blocks.shape[:2], 4, 2), np.uint8)
-    scales[..., 0], scales[..., 1] = _nibbles(blocks[..., 4:8])
-    high = _spread(blocks[..., 2:4, None], _TWO_BITS[:, 0], 3)
-    high <<= 4
-    scales |= high.reshape(scales.shape)
-    scales -= 32
-    fine = _by(out, 32)
-    fine *= (_half(blocks, 0) * _signed(scales.reshape(*blocks.shape[:2], 8)))[..., None]
+    scales = _planes(_cut(blocks, 4, 8), 1, 4)
+    top = _planes(_cut(blocks, 2, 4), 1, 2)
+    top <<= 4
+    scales |= top
+    d = _half(blocks, 0) * _signed(scales, 32)
+    _scaled(_by(_looked_up(_planes(_cut(blocks, 8, 136), 16, 4), _IQ4), 32), d[..., None], _by(out, 32))
 
 
 def _tq1_0(blocks: Bytes, out: Floats) -> None:
@@ -188,17 +158,14 @@ def _tq1_0(blocks: Bytes, out: Floats) -> None:
 
 
 def _tq2_0(blocks: Bytes, out: Floats) -> None:
-    q = _four_planes(blocks[..., :64])
-    q -= 1
-    _scaled(_signed(q), _half(blocks, 64), out)
+    _scaled(_signed(_planes(_cut(blocks, 0, 64), 32, 2), 1), _half(blocks, 64), out)
 
 
 def _mxfp4(blocks: Bytes, out: Floats) -> None:
     # The scale is 2^(e - 128); e < 2 gives the two subnormal numbers below 2^-126.
     exponent = blocks[..., :1].astype(np.uint32)
     bits = np.where(exponent < 2, np.uint32(0x00200000) << exponent, (exponent - np.uint32(1)) << np.uint32(23))
-    _lookup(blocks[..., 1:], _FP4, out)
-    out *= bits.view(np.float32)
+    _scaled(_looked_up(_planes(_cut(blocks, 1, 17), 16, 4), _FP4), bits.view(np.float32), out)
 
 
 def _nvfp4(blocks: Bytes, out: Floats) -> None:
@@ -207,70 +174,43 @@ def _nvfp4(blocks: Bytes, out: Floats) -> None:
     exponent, fraction = ((code >> 3) & 15).astype(np.int32), (code & 7).astype(np.float32)
     scales = np.where(exponent == 0, np.ldexp(fraction, -10), np.ldexp(1 + fraction / 8, exponent - 8))
     scales[code == 0x7F] = 0
-    low, high = _nibbles(blocks[..., 4:])
-    fine = out.reshape(*out.shape[:2], 4, 2, 8)
-    fine[..., 0, :], fine[..., 1, :] = _by(_mapped(low, _FP4), 8), _by(_mapped(high, _FP4), 8)
-    fine *= scales.astype(np.float32)[..., None, None]
+    q = _looked_up(_planes(_cut(blocks, 4, 36), 8, 4), _FP4)
+    _scaled(_by(q, 16), scales.astype(np.float32)[..., None], _by(out, 16))
 
 
 def _half(blocks: Bytes, at: int) -> Floats:
     """The float16 at byte `at` of every block: float32 [rows, blocks, 1]."""
-    return np.ascontiguousarray(blocks[..., at : at + 2]).view(np.float16).astype(np.float32)
+    return blocks[..., at : at + 2].view(np.float16).astype(np.float32)
 
 
-def _nibbles(packed: Bytes) -> tuple[Bytes, Bytes]:
-    """Low and high halves of every byte, as two fresh arrays."""
-    high = np.array(packed, order="C")
-    low = high & np.uint8(15)
-    high >>= 4
-    return low, high
+def _cut(blocks: Bytes, start: int, stop: int) -> Bytes:
+    """Bytes `start` … `stop - 1` of every block, side by side: a fresh array."""
+    # As one element to a block: copied byte by byte, NumPy takes eight times as long.
+    return blocks[..., start:stop].view(f"V{stop - start}").copy().view(np.uint8)
 
 
-def _spread(packed: Bytes, shifts: Bytes, mask: int) -> Bytes:
-    q = packed >> shifts
-    q &= mask
+def _planes(packed: Bytes, width: int, n_bits: int) -> Bytes:
+    """Take numbers of `n_bits` out of bytes: first the lowest bits of `width` bytes, then their next ones, and so on.
+
+    `packed` is [rows, blocks, n], the result [rows, blocks, n * 8 / n_bits].
+    """
+    rows, n_blocks, n = packed.shape
+    n_planes, element = 8 // n_bits, f"V{width}"
+    planes = np.empty((rows, n_blocks, n // width, n_planes), element)
+    for plane in range(n_planes):
+        q = packed >> np.uint8(plane * n_bits)
+        q &= np.uint8((1 << n_bits) - 1)
+        planes[..., plane] = q.view(element)
+    return planes.view(np.uint8).reshape(rows, n_blocks, n * n_planes)
+
+
+def _five_bits(blocks: Bytes, at: int) -> Bytes:
+    """The quants of Q5_0 and Q5_1: 32 fifth bits, then 32 nibbles."""
+    q = _planes(_cut(blocks, at + 4, at + 20), 16, 4)
+    top = np.unpackbits(blocks[..., at : at + 4], axis=-1, bitorder="little")
+    top <<= 4
+    q |= top
     return q
-
-
-def _four_planes(packed: Bytes) -> Bytes:
-    """Two-bit numbers, [rows, blocks, 64] -> [rows, blocks, 256]: weight 32 g + l is in bits 2g of byte l of a half."""
-    return _spread(_by(packed, 32)[..., None, :], _TWO_BITS, 3).reshape(*packed.shape[:2], 256)
-
-
-def _fifth_bits(bits: Bytes, packed: Bytes) -> Bytes:
-    q = np.unpackbits(bits, axis=-1, bitorder="little")
-    q <<= 4
-    low, high = _nibbles(packed)
-    q[..., :16] |= low
-    q[..., 16:] |= high
-    return q
-
-
-def _scale_and_minimum(blocks: Bytes, out: Floats) -> None:
-    """Finish Q4_K and Q5_K: eight 6-bit scales and eight 6-bit minima are packed into 12 bytes."""
-    a, b, c = (blocks[..., start : start + 4] for start in (4, 8, 12))
-    scales = np.concatenate((a & 63, (c & 15) | (a >> 6 << 4)), axis=-1)
-    minima = np.concatenate((b & 63, (c >> 4) | (b >> 6 << 4)), axis=-1)
-    fine = _by(out, 32)
-    fine *= (_half(blocks, 0) * scales)[..., None]
-    fine -= (_half(blocks, 2) * minima)[..., None]
-
-
-def _lookup(packed: Bytes, table: tuple[int, ...], out: Floats) -> None:
-    """Sixteen bytes give 32 weights: first those of the low halves."""
-    low, high = _nibbles(packed)
-    pairs = out.reshape(*out.shape[:2], -1, 2, 16)
-    pairs[..., 0, :], pairs[..., 1, :] = _by(_mapped(low, table), 16), _by(_mapped(high, table), 16)
-
-
-def _mapped(codes: Bytes, table: tuple[int, ...]) -> NDArray[np.int8]:
-    # bytes.translate, not table[codes]: NumPy would widen every index to eight bytes first.
-    translation = np.resize(np.array(table, np.int8), 256).tobytes()
-    return np.frombuffer(codes.tobytes().translate(translation), np.int8).reshape(codes.shape)
-
-
-def _signed(q: Bytes) -> NDArray[np.int8]:
-    return q.view(np.int8)
 
 
 def _scaled(q: NDArray[Any], scale: Floats, out: Floats) -> None:
@@ -278,13 +218,31 @@ def _scaled(q: NDArray[Any], scale: Floats, out: Floats) -> None:
     out *= scale
 
 
+def _scaled_with_minimum(q: Bytes, blocks: Bytes, out: Floats) -> None:
+    """Q4_K and Q5_K: eight 6-bit scales and eight 6-bit minima are packed into 12 bytes."""
+    a, b, c = (blocks[..., start : start + 4] for start in (4, 8, 12))
+    scales = np.concatenate((a & 63, (c & 15) | (a >> 6 << 4)), axis=-1)
+    minima = np.concatenate((b & 63, (c >> 4) | (b >> 6 << 4)), axis=-1)
+    fine = _by(out, 32)
+    _scaled(_by(q, 32), (_half(blocks, 0) * scales)[..., None], fine)
+    fine -= (_half(blocks, 2) * minima)[..., None]
+
+
+def _looked_up(codes: Bytes, table: tuple[int, ...]) -> NDArray[np.int8]:
+    # bytes.translate, not table[codes]: NumPy would widen every index to eight bytes first.
+    translation = np.resize(np.array(table, np.int8), 256).tobytes()
+    return np.frombuffer(codes.tobytes().translate(translation), np.int8).reshape(codes.shape)
+
+
+def _signed(q: Bytes, zero: int) -> NDArray[np.int8]:
+    """The numbers `q - zero`, in place."""
+    q -= np.uint8(zero)
+    return q.view(np.int8)
+
+
 def _by(array: NDArray[Any], n: int) -> NDArray[Any]:
     """Split the last axis into groups of `n`."""
     return array.reshape(*array.shape[:2], -1, n)
-
-
-def _by_16(array: NDArray[Any]) -> NDArray[Any]:
-    return _by(array, 16)
 
 
 _DECODERS: dict[TensorType, Decoder] = {

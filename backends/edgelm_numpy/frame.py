@@ -6,6 +6,7 @@ Knows no operation.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +23,9 @@ from edgelm_numpy.lanes import Lanes
 
 def at(address: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """Return the array that lies at `address`; no copy."""
-    dtype = np.dtype(dtype)
-    n_bytes = dtype.itemsize * int(np.prod(shape))
-    return np.frombuffer((ctypes.c_char * n_bytes).from_address(address), dtype).reshape(shape)
+    n_bytes = np.dtype(dtype).itemsize * math.prod(shape)
+    memory = (ctypes.c_ubyte * n_bytes).from_address(address)
+    return np.frombuffer(memoryview(memory), dtype).reshape(shape)
 
 
 @dataclass(slots=True)

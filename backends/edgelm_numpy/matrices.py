@@ -15,8 +15,8 @@ from edgelm_numpy.frame import Frame, Site, Step
 
 PANEL = 32
 """Rows of a matrix that are multiplied at a time."""
-TILE_WEIGHTS = 1 << 16
-"""Weights that a lane holds as float32 (256 KiB: half of a small core's second-level cache)."""
+TILE_WEIGHTS = 1 << 18
+"""Weights that a lane holds as float32 (1 MiB). Smaller tiles make lanes wait for each other inside the interpreter."""
 
 
 def lower_linear(site: Site) -> Step:
