@@ -6,15 +6,18 @@ Knows no sizes of edgelm. Other C libraries return large blocks by themselves; t
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 # numbers of mallopt(3), from malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 class _CLibrary(Protocol):
-    mallopt: Any
-    malloc_trim: Any
+    @property
+    def mallopt(self) -> Callable[[int, int], int]: ...
+    @property
+    def malloc_trim(self) -> Callable[[int], int]: ...
 
 
 def _glibc() -> _CLibrary | None:
