@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import os
 import re
-import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,9 +55,10 @@ def _map(path: Path) -> Tables:
 
 def _write(path: Path, chunks: list[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    # Not tempfile: importing it costs a megabyte. The name is this process's own.
+    name = path.with_suffix(f".{os.getpid()}-{time.monotonic_ns()}.tmp")
     try:
-        with os.fdopen(fd, "wb") as file:
+        with name.open("xb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()

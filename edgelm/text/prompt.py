@@ -16,6 +16,8 @@ class Prompt:
 
     guarded: str
     originals: Mapping[int, str] = field(default_factory=dict)
+    notice: str | None = None
+    """What the user should know of how the messages were changed to fit the template."""
 
     @property
     def text(self) -> str:
