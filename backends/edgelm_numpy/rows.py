@@ -96,8 +96,8 @@ def lower_rope(site: Site) -> Step:
     def run(frame: Frame) -> None:
         x = frame.values[site.op.inputs[0]].reshape(heads)
         out = frame.values[site.op.output].reshape(heads)
-        pairs = (slice(0, half), slice(half, 2 * half)) if spec.neox else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-        (x_0, x_1), (out_0, out_1) = ((array[..., pair] for pair in pairs) for array in (x, out))
+        x_0, x_1 = _pairs(x, spec)
+        out_0, out_1 = _pairs(out, spec)
         cos, sin = _angles(frame, site, spec)
         product = frame.work[0][: x_0.size].reshape(x_0.shape)
         np.multiply(x_0, cos, out=out_0)
@@ -107,6 +107,12 @@ def lower_rope(site: Site) -> Step:
         out[..., 2 * half :] = x[..., 2 * half :]
 
     return Step(run, site.rows * spec.n_heads * half, 6 * 4 * site.rows * half)
+
+
+def _pairs(x: Floats, spec: RopeSpec) -> tuple[Floats, Floats]:
+    if spec.neox:
+        return x[..., : spec.n_dims // 2], x[..., spec.n_dims // 2 : spec.n_dims]
+    return x[..., 0 : spec.n_dims : 2], x[..., 1 : spec.n_dims : 2]
 
 
 def _angles(frame: Frame, site: Site, spec: RopeSpec) -> tuple[Floats, Floats]:

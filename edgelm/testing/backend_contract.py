@@ -1,0 +1,301 @@
+"""The contract of a backend as tests: inherit `BackendContract`, override the fixture `backend`, run pytest.
+
+Every operation is compared with a float64 reference written out in `edgelm.testing.reference`; then what makes
+streaming exact is checked: equal bits however a matrix or a segment is cut and wherever the weights lie.
+Segments are recorded with `Ops`, as architectures do. Errors are normalized mean squared errors (NMSE), as in
+llama.cpp's test-backend-ops.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from edgelm.engine.backend import Backend, Session
+from edgelm.engine.ir import Activation, AttendSpec, RopeSpec
+from edgelm.errors import Cancelled, UnsupportedModel
+from edgelm.files.ggml_types import TensorType
+from edgelm.testing import reference
+from edgelm.testing.blocks import RANDOM_TYPES
+from edgelm.testing.memory import peak_growth_bytes
+from edgelm.testing.recording import Floats, Recording
+
+N_TOKENS = (1, 2, 7, 33)
+ATTEND = AttendSpec(layer=0, n_heads=6, n_kv_heads=2, head_dim_k=32, head_dim_v=64, scale=0.18)
+ROPE = RopeSpec(n_heads=3, n_dims=32, neox=True, base=10000.0)
+YARN = replace(ROPE, base=500000.0, freq_scale=0.25, ext_factor=1.0, attn_factor=0.9, n_ctx_orig=64)
+
+
+def nmse(ours: Floats, expected: reference.Exact) -> float:
+    """Normalized mean squared error; raises if shapes differ or a number is not finite."""
+    assert ours.shape == expected.shape
+    assert np.isfinite(ours).all()
+    return float(np.square(ours - expected).sum() / max(np.square(expected).sum(), 1e-30))
+
+
+class BackendContract:
+    """Inherit this and override `backend`. The bounds below may be tightened, and `row_cut` set to 1."""
+
+    product_nmse = 5e-4
+    """Bound for `linear` and `attend`: eight-bit activations are allowed."""
+    row_nmse = 1e-6
+    """Bound for everything else."""
+    row_cut = 32
+    """Rows of a matrix are cut at multiples of this; the results must keep their bits."""
+    n_threads = 2
+
+    @pytest.fixture
+    def backend(self) -> Backend:
+        raise NotImplementedError("override the fixture `backend`")
+
+    @pytest.fixture
+    def session(self, backend: Backend) -> Iterator[Session]:
+        session = backend.open(self.n_threads)
+        yield session
+        session.close()
+
+    def test_probe_finds_the_backend(self, backend: Backend) -> None:
+        availability = backend.probe()
+        assert availability.available, availability.reason
+        assert availability.version
+        assert TensorType.F32 in backend.capabilities().types
+
+    @pytest.mark.parametrize("kind", sorted(RANDOM_TYPES), ids=lambda kind: kind.name)
+    @pytest.mark.parametrize("n", N_TOKENS)
+    def test_linear(self, backend: Backend, session: Session, kind: TensorType, n: int) -> None:
+        if kind not in backend.capabilities().types:
+            pytest.skip(f"the backend does not claim {kind.name}")
+        recording = Recording(n)
+        x = recording.value(512)
+        matrix = recording.matrix(512, 70, kind)
+        (ours,) = recording.run(session, [recording.ops.linear(x, matrix)])
+        assert nmse(ours, recording.exact(x) @ recording.exact_weight(matrix).T) <= self.product_nmse
+
+    def test_linear_with_bias_over_output_rows(self, session: Session) -> None:
+        recording = Recording(5, out_rows=(4, 1))
+        x = recording.value(96)
+        matrix, bias = recording.matrix(96, 40), recording.matrix(40, 1)
+        (ours,) = recording.run(session, [recording.ops.linear(recording.ops.select(x), matrix, bias)])
+        expected = recording.exact(x)[[4, 1]] @ recording.exact_weight(matrix).T + recording.exact_weight(bias)
+        assert nmse(ours, expected) <= self.product_nmse
+
+    def test_unclaimed_type_is_refused(self, backend: Backend, session: Session) -> None:
+        unclaimed = sorted(RANDOM_TYPES - backend.capabilities().types)
+        if not unclaimed:
+            pytest.skip("the backend claims every type that random weights exist for")
+        recording = Recording(1)
+        x = recording.value(256)
+        with pytest.raises(UnsupportedModel, match=unclaimed[0].name):
+            recording.run(session, [recording.ops.linear(x, recording.matrix(256, 32, unclaimed[0]))])
+
+    @pytest.mark.parametrize("kind", sorted(RANDOM_TYPES), ids=lambda kind: kind.name)
+    def test_embed(self, backend: Backend, session: Session, kind: TensorType) -> None:
+        if kind not in backend.capabilities().types:
+            pytest.skip(f"the backend does not claim {kind.name}")
+        recording = Recording(7)
+        table = recording.matrix(512, 7, kind)
+        (ours,) = recording.run(session, [recording.ops.embed(table)])
+        assert nmse(ours, recording.exact_weight(table)) <= self.row_nmse
+
+    @pytest.mark.parametrize("n", N_TOKENS)
+    @pytest.mark.parametrize(("groups", "scaled"), [(1, True), (1, False), (4, True), (4, False)])
+    def test_rms_norm(self, session: Session, n: int, groups: int, scaled: bool) -> None:
+        recording = Recording(n)
+        x = recording.value(128)
+        scale = recording.matrix(128 // groups, 1) if scaled else None
+        (ours,) = recording.run(session, [recording.ops.rms_norm(x, scale, 1e-5, groups)])
+        weight = recording.exact_weight(scale) if scale else np.ones(1)
+        assert nmse(ours, reference.rms_norm(recording.exact(x), weight, 1e-5, groups)) <= self.row_nmse
+
+    @pytest.mark.parametrize("n", N_TOKENS)
+    def test_elementwise(self, session: Session, n: int) -> None:
+        recording = Recording(n)
+        ops, a, b = recording.ops, recording.value(96), recording.value(96, spread=30.0)
+        wanted = [ops.add(a, b), ops.mul(a, b), ops.scale(a, -0.37), ops.softcap(b, 15.0), ops.slice(a, 32, 48)]
+        exact_a, exact_b = recording.exact(a), recording.exact(b)
+        expected = [exact_a + exact_b, exact_a * exact_b, exact_a * -0.37, 15 * np.tanh(exact_b / 15)]
+        for ours, exact in zip(recording.run(session, wanted), [*expected, exact_a[:, 32:80]], strict=True):
+            assert nmse(ours, exact) <= self.row_nmse
+
+    @pytest.mark.parametrize("n", N_TOKENS)
+    @pytest.mark.parametrize("activation", ["silu", "gelu"])
+    def test_gate(self, session: Session, n: int, activation: Activation) -> None:
+        recording = Recording(n)
+        gate, up = recording.value(96, spread=20.0), recording.value(96)
+        (ours,) = recording.run(session, [recording.ops.gate(gate, up, activation)])
+        expected = reference.gate(recording.exact(gate), recording.exact(up), activation)
+        assert nmse(ours, expected) <= max(self.row_nmse, 1e-5 if activation == "gelu" else 0)
+
+    def test_gate_of_extreme_numbers_is_finite(self, session: Session) -> None:
+        recording = Recording(1)
+        gate, up = recording.value(64, spread=1e4), recording.value(64)
+        for activation in ("silu", "gelu"):
+            (ours,) = recording.run(session, [recording.ops.gate(gate, up, activation)])
+            assert np.isfinite(ours).all()
+
+    def test_select(self, session: Session) -> None:
+        recording = Recording(7, out_rows=(6, 0, 3))
+        x = recording.value(64)
+        (ours,) = recording.run(session, [recording.ops.select(x)])
+        assert np.array_equal(ours, recording.exact(x)[[6, 0, 3]])
+
+    @pytest.mark.parametrize("n", N_TOKENS)
+    @pytest.mark.parametrize(
+        ("spec", "factors"),
+        [
+            (ROPE, False),
+            (ROPE, True),
+            (replace(ROPE, neox=False), False),
+            (replace(ROPE, n_dims=16, freq_scale=0.125), False),
+            (replace(ROPE, n_dims=16, neox=False), True),
+            (YARN, False),
+            (replace(YARN, neox=False, ext_factor=0.5), True),
+        ],
+    )
+    def test_rope(self, session: Session, n: int, spec: RopeSpec, factors: bool) -> None:
+        recording = Recording(n, first_position=300)
+        x = recording.value(spec.n_heads * 32)
+        weight = recording.matrix(spec.n_dims // 2, 1, mean=4.0) if factors else None
+        (ours,) = recording.run(session, [recording.ops.rope(x, spec, weight)])
+        divisors = recording.exact_weight(weight) if weight else np.ones(1)
+        expected = reference.rope(recording.exact(x), recording.positions, spec, divisors)
+        assert nmse(ours, expected) <= self.row_nmse
+
+    @pytest.mark.parametrize("n", N_TOKENS)
+    @pytest.mark.parametrize(
+        "spec",
+        [ATTEND, replace(ATTEND, softcap=3.0), replace(ATTEND, window=9), replace(ATTEND, n_kv_heads=6)],
+        ids=["plain", "softcap", "window", "no sharing"],
+    )
+    def test_attend(self, session: Session, n: int, spec: AttendSpec) -> None:
+        """Two passes: the second reads what the first wrote. The cache has room that nobody may touch."""
+        recording = Recording(n, capacity=160, length=96)
+        q, k, v = (recording.value(heads * dim) for heads, dim in reference.attend_widths(spec))
+        output = recording.ops.attend(q, k, v, spec)
+        for first in (0, n):
+            recording.move_to(first)
+            (ours,) = recording.run(session, [output])
+            expected = recording.exact_attend(q, k, v, spec)
+            assert nmse(ours, expected) <= self.product_nmse
+        for ours_cache, exact_cache in recording.caches(spec):
+            assert np.array_equal(ours_cache, exact_cache)
+
+    def test_attend_writes_where_it_is_told(self, session: Session) -> None:
+        """A ring: places neither begin at 0 nor follow each other."""
+        recording = Recording(3, capacity=32, length=32, places=(31, 0, 7))
+        q, k, v = (recording.value(heads * dim) for heads, dim in reference.attend_widths(ATTEND))
+        (ours,) = recording.run(session, [recording.ops.attend(q, k, v, ATTEND)])
+        assert nmse(ours, recording.exact_attend(q, k, v, ATTEND)) <= self.product_nmse
+        for ours_cache, exact_cache in recording.caches(ATTEND):
+            assert np.array_equal(ours_cache, exact_cache)
+
+    @pytest.mark.parametrize("kind", [TensorType.F32, TensorType.Q4_0, TensorType.Q8_0], ids=lambda kind: kind.name)
+    @pytest.mark.parametrize("n", [1, 2, 7, 32])
+    def test_row_tiles_keep_every_bit(self, session: Session, kind: TensorType, n: int) -> None:
+        rows, rng = 32 * 9 + 5, np.random.default_rng(n)
+        recording = Recording(n)
+        x = recording.value(256)
+        matrix = recording.matrix(256, rows, kind)
+        (whole,) = recording.run(session, [recording.ops.linear(x, matrix)])
+        possible = np.arange(self.row_cut, rows, self.row_cut)
+        for _ in range(6):
+            cuts = [0, *sorted(rng.choice(possible, 4, replace=False).tolist()), rows]
+            parts = [
+                recording.ops.linear(x, replace(matrix, first_row=start, rows=stop - start))
+                for start, stop in pairwise(cuts)
+            ]
+            tiles = recording.run(session, parts)
+            assert np.array_equal(np.concatenate(tiles, axis=1), whole), cuts
+
+    def test_concat(self, session: Session) -> None:
+        recording = Recording(3)
+        parts = [recording.value(width) for width in (32, 96, 5)]
+        (ours,) = recording.run(session, [recording.concat(parts)])
+        assert np.array_equal(ours, np.concatenate([recording.exact(part) for part in parts], axis=1))
+
+    @pytest.mark.parametrize("n", [1, 7])
+    def test_cut_segments_keep_every_bit(self, session: Session, n: int) -> None:
+        """A block computed as one program, and as programs that hand values over in memory."""
+        results = []
+        for cuts in ((), (1,), (4, 9), (2, 3, 5, 8, 12), tuple(range(1, 14))):
+            recording = Recording(n, capacity=64, length=64)
+            results.append(recording.run(session, [recording.block()], cuts=cuts)[0])
+        for result in results[1:]:
+            assert np.array_equal(result, results[0])
+
+    def test_weights_may_lie_elsewhere_in_every_run(self, backend: Backend, session: Session) -> None:
+        if not backend.capabilities().streams:
+            pytest.skip("the backend does not stream")
+        recording = Recording(2, capacity=64, length=64)
+        output = recording.block()
+        (first,) = recording.run(session, [output])
+        program = recording.program(session, [output])
+        for _ in range(3):
+            recording.relocate_weights()
+            (moved,) = program()
+            assert np.array_equal(moved, first)
+
+    def test_inputs_are_left_alone(self, session: Session) -> None:
+        recording = Recording(2, capacity=64, length=64)
+        output = recording.block()
+        before = recording.input_bytes()
+        recording.run(session, [output])
+        assert recording.input_bytes() == before
+
+    def test_abort_stops_programs_until_it_is_taken_back(self, session: Session) -> None:
+        recording = Recording(2, capacity=64, length=64)
+        program = recording.program(session, [recording.block()])
+        (before,) = program()
+        session.abort(True)
+        with pytest.raises(Cancelled):
+            program()
+        session.abort(False)
+        assert np.array_equal(program()[0], before)
+
+    def test_abort_reaches_into_a_running_program(self, session: Session) -> None:
+        recording = Recording(33)
+        x = recording.value(512)
+        for _ in range(40):
+            x = recording.ops.linear(x, recording.matrix(512, 512))
+        program = recording.program(session, [x])
+        stopped = threading.Event()
+
+        def compute() -> None:
+            try:
+                while True:
+                    program()
+            except Cancelled:
+                stopped.set()
+
+        thread = threading.Thread(target=compute, daemon=True)
+        thread.start()
+        time.sleep(0.05)
+        session.abort(True)
+        assert stopped.wait(10)
+        thread.join()
+
+    def test_scratch_promise_holds(self, backend: Backend) -> None:
+        """The peak of the process, above what it was, stays within the promise (and 2 MiB of small change)."""
+        recording = Recording(256, capacity=512, length=512)
+        output = recording.block(width=512, hidden=2048)
+        session = backend.open(self.n_threads)
+        try:
+            small = Recording(256, capacity=512, length=512)
+            small.run(session, [small.block()])  # libraries take what they take once
+            segment, shape = recording.segment([output])
+            promised = session.scratch_bytes(segment, shape)
+            session.reserve(promised)
+            program = recording.program(session, [output])
+            grown = peak_growth_bytes(program)
+            if grown is None:
+                pytest.skip("this system does not tell a process's peak memory")
+            assert promised > 0
+            assert grown <= promised + (2 << 20)
+        finally:
+            session.close()

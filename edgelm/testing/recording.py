@@ -1,0 +1,259 @@
+"""A few recorded operations with everything they need to run: random inputs, weights, caches, masks.
+
+For the contract suite of backends; see `edgelm.testing.backend_contract`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.engine.backend import Bindings, CacheGroup, PassShape, Program, Session
+from edgelm.engine.ir import AttendSpec, Op, Placed, RopeSpec, Segment, Value, Weight, place
+from edgelm.engine.ops import Ops, Tensor
+from edgelm.files.ggml_types import TensorType, row_bytes
+from edgelm.testing import reference
+from edgelm.testing.blocks import random_weights
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+_ALIGNMENT = 64
+_FIRST_CONCAT = 1 << 20  # ids of values that `Ops` does not know
+
+
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """Float16 keys [head, place, dim] and values [head, dim, place]: the backend's, and those it should have."""
+
+    keys: NDArray[np.float16]
+    values: NDArray[np.float16]
+    exact_keys: NDArray[np.float16]
+    exact_values: NDArray[np.float16]
+
+
+class Recording:
+    """Record with `ops`, on inputs from `value` and weights from `matrix`; then `run`.
+
+    The pass has `n_tokens` rows from `first_position` on, written to `places` of the caches (else: their positions).
+    """
+
+    def __init__(
+        self,
+        n_tokens: int,
+        *,
+        out_rows: Sequence[int] = (0,),
+        capacity: int = 32,
+        length: int = 32,
+        places: Sequence[int] | None = None,
+        first_position: int = 0,
+    ) -> None:
+        self.ops = Ops()
+        self.n_tokens, self.capacity, self.length = n_tokens, capacity, length
+        self._rng = np.random.default_rng(n_tokens)
+        self._inputs: dict[int, Floats] = {}
+        self._concats: list[tuple[Op, Value]] = []
+        self._weights: dict[str, Bytes] = {}
+        self._caches: dict[int, _Cache] = {}
+        self._position_of_place = np.full(length, -1, np.int32)
+        self.out_rows = np.array(out_rows, np.int32)
+        self.positions = np.arange(n_tokens, dtype=np.int32) + np.int32(first_position)
+        self.places = np.array(self.positions if places is None else places, np.int64)
+
+    def move_to(self, first_position: int) -> None:
+        """Let the next run be the pass that begins at this position; what is in the caches stays."""
+        self.positions = np.arange(self.n_tokens, dtype=np.int32) + np.int32(first_position)
+        self.places = self.positions.astype(np.int64)
+
+    def value(self, width: int, spread: float = 1.0) -> Tensor:
+        """An input of random numbers, one row per token."""
+        tensor = self.ops.embed(Weight(f"input {len(self._inputs)}", TensorType.F32, width, 1))
+        numbers = self._rng.standard_normal((self.n_tokens, width), np.float32) * np.float32(spread)
+        self._inputs[tensor.id] = _aligned(numbers).view(np.float32).reshape(numbers.shape)
+        return tensor
+
+    def matrix(self, width: int, rows: int, kind: TensorType = TensorType.F32, mean: float = 0.0) -> Weight:
+        """A random weight: a matrix whose products keep their size, or a vector (one row) of spread 1."""
+        weight = Weight(f"weight {len(self._weights)}", kind, width, rows)
+        spread = 1.0 if rows == 1 else width**-0.5
+        data = np.frombuffer(random_weights(kind, width * rows, spread, self._rng), np.uint8)
+        if mean:
+            data = np.maximum(data.view(np.float32) + np.float32(mean), np.float32(mean / 4)).view(np.uint8)
+        self._weights[weight.tensor] = _aligned(data)
+        return weight
+
+    def concat(self, parts: Sequence[Tensor]) -> Tensor:
+        """Columns side by side, as the planner records them for the tiles of a matrix."""
+        width, per = sum(part.width for part in parts), parts[0].per
+        output = _FIRST_CONCAT + len(self._concats)
+        op = Op("concat", tuple(part.id for part in parts), output)
+        self._concats.append((op, Value(width, per)))
+        return Tensor(output, width, per)
+
+    def block(self, width: int = 64, hidden: int = 192) -> Tensor:
+        """A transformer block of fifteen operations over one input."""
+        ops, x, dim = self.ops, self.value(width), width // 4
+        h = ops.rms_norm(x, self.matrix(width, 1), 1e-5)
+        q, k, v = (ops.linear(h, self.matrix(width, heads * dim)) for heads in (4, 2, 2))
+        q, k = (ops.rope(part, RopeSpec(part.width // dim, dim, True, 10000.0)) for part in (q, k))
+        spec = AttendSpec(0, n_heads=4, n_kv_heads=2, head_dim_k=dim, head_dim_v=dim, scale=dim**-0.5)
+        x = ops.add(x, ops.linear(ops.attend(q, k, v, spec), self.matrix(width, width)))
+        h = ops.rms_norm(x, self.matrix(width, 1), 1e-5)
+        gate, up = (ops.linear(h, self.matrix(width, hidden)) for _ in range(2))
+        return ops.add(x, ops.linear(ops.gate(gate, up), self.matrix(hidden, width)))
+
+    def exact(self, value: Tensor) -> reference.Exact:
+        return self._inputs[value.id].astype(np.float64)
+
+    def exact_weight(self, weight: Weight) -> reference.Exact:
+        """The weights as numbers, [rows, width] in float64."""
+        from edgelm_numpy.dequantize import dequantize  # the decoder that is checked against ggml's own, bit for bit
+
+        raw = self._weights[weight.tensor].reshape(-1, row_bytes(weight.type, weight.width))
+        return dequantize(weight.type, raw).astype(np.float64)
+
+    def exact_attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttendSpec) -> reference.Exact:
+        """Attention over the cache that there should be, which this extends by the rows of the pass."""
+        cache = self._cache(spec)
+        heads = self.n_tokens, spec.n_kv_heads, -1
+        with np.errstate(over="raise"):
+            cache.exact_keys[:, self.places] = self._inputs[k.id].reshape(heads).transpose(1, 0, 2)
+            cache.exact_values[:, :, self.places] = self._inputs[v.id].reshape(heads).transpose(1, 2, 0)
+        keys, values = cache.exact_keys[:, : self.length], cache.exact_values[:, :, : self.length]
+        return reference.attend(self.exact(q), keys, values, self._mask(spec.window), spec)
+
+    def caches(self, spec: AttendSpec) -> Iterator[tuple[NDArray[np.float16], NDArray[np.float16]]]:
+        """The layer's keys, then its values: what the backend made of them, and what they should be."""
+        cache = self._cache(spec)
+        yield cache.keys, cache.exact_keys
+        yield cache.values, cache.exact_values
+
+    def input_bytes(self) -> list[bytes]:
+        return [array.tobytes() for arrays in (self._inputs, self._weights) for array in arrays.values()]
+
+    def relocate_weights(self) -> None:
+        """Copy every weight to another address, and spoil the old one."""
+        for name, old in list(self._weights.items()):
+            self._weights[name] = _aligned(old)
+            old.fill(0xFF)
+
+    def segment(self, outputs: Sequence[Tensor]) -> tuple[Segment, PassShape]:
+        """Everything recorded, as one segment, and the shape of the pass."""
+        (placed,) = self._placed(outputs, ())
+        return placed.segment, self._shape()
+
+    def run(self, session: Session, outputs: Sequence[Tensor], cuts: Sequence[int] = ()) -> list[Floats]:
+        """Compute `outputs`. `cuts`: where the operations are cut into segments that follow each other."""
+        return self.program(session, outputs, cuts)()
+
+    def program(
+        self, session: Session, outputs: Sequence[Tensor], cuts: Sequence[int] = ()
+    ) -> Callable[[], list[Floats]]:
+        """Compile; every call computes with the weights where they are then, and returns the same arrays."""
+        parts = self._placed(outputs, cuts)
+        programs = [session.compile(part.segment, self._shape()) for part in parts]
+        memory = dict(self._inputs)
+        for part in parts:
+            for value, local in zip(part.outputs, part.segment.outputs, strict=True):
+                made = part.segment.values[local]
+                empty = np.zeros((self._shape().rows(made.per), made.width), np.float32)
+                memory[value] = _aligned(empty).view(np.float32).reshape(empty.shape)
+        for op in self._kept():
+            if isinstance(op.params, AttendSpec):
+                self._cache(op.params)
+
+        def call() -> list[Floats]:
+            for part, program in zip(parts, programs, strict=True):
+                for value in part.outputs:
+                    memory[value].fill(np.nan)
+                self._run_part(part, program, memory)
+            return [memory[output.id] for output in outputs]
+
+        return call
+
+    def _run_part(self, part: Placed, program: Program, memory: dict[int, Floats]) -> None:
+        masks = [self._mask(window) for window in self._windows()]
+        caches = [self._caches[layer] for layer in part.layers]
+        program.run(
+            Bindings(
+                inputs=tuple(memory[value].ctypes.data for value in part.inputs),
+                outputs=tuple(memory[value].ctypes.data for value in part.outputs),
+                weights=tuple(self._address(weight) for weight in part.weights),
+                keys=tuple(cache.keys.ctypes.data for cache in caches),
+                values=tuple(cache.values.ctypes.data for cache in caches),
+                positions=self.positions.ctypes.data,
+                out_rows=self.out_rows.ctypes.data,
+                places=tuple(self.places.ctypes.data for _ in masks),
+                masks=tuple(mask.ctypes.data for mask in masks),
+            )
+        )
+
+    def _placed(self, outputs: Sequence[Tensor], cuts: Sequence[int]) -> list[Placed]:
+        kept = self._needed(outputs)
+        values = {**self.ops.trace(outputs[0]).values, **{op.output: value for op, value in self._concats}}
+        parts = [kept[start:stop] for start, stop in pairwise((0, *cuts, len(kept)))]
+        wanted = {output.id for output in outputs}
+        placed = []
+        for index, part in enumerate(parts):
+            later = {value for other in parts[index + 1 :] for op in other for value in op.inputs}
+            placed.append(place(part, values, frozenset(wanted | later)))
+        return placed
+
+    def _needed(self, outputs: Sequence[Tensor]) -> list[Op]:
+        """The operations that `outputs` come from, in order."""
+        needed = {output.id for output in outputs}
+        kept = []
+        for op in reversed(self._kept()):
+            if op.output in needed:
+                needed.update(op.inputs)
+                kept.append(op)
+        return kept[::-1]
+
+    def _kept(self) -> list[Op]:
+        recorded = self.ops.trace(Tensor(0, 0, "token")).ops
+        return [op for op in (*recorded, *(op for op, _ in self._concats)) if op.output not in self._inputs]
+
+    def _windows(self) -> list[int]:
+        windows = {op.params.group: op.params.window for op in self._kept() if isinstance(op.params, AttendSpec)}
+        return [windows[group] for group in sorted(windows)]
+
+    def _shape(self) -> PassShape:
+        groups = tuple(CacheGroup(self.capacity, self.length) for _ in self._windows())
+        return PassShape(self.n_tokens, len(self.out_rows), groups)
+
+    def _mask(self, window: int) -> Floats:
+        self._position_of_place[self.places] = self.positions
+        distance = self.positions[:, None] - self._position_of_place
+        hidden = (self._position_of_place < 0) | (distance < 0)
+        if window:
+            hidden |= distance >= window
+        return np.where(hidden, np.float32(-np.inf), np.float32(0))
+
+    def _cache(self, spec: AttendSpec) -> _Cache:
+        if spec.layer not in self._caches:
+            shapes = (
+                (spec.n_kv_heads, self.capacity, spec.head_dim_k),
+                (spec.n_kv_heads, spec.head_dim_v, self.capacity),
+            )
+            # Not zeros: what is written outside the given places, or read behind a mask, shows.
+            old = [self._rng.standard_normal(shape).astype(np.float16) for shape in shapes]
+            keys, values = (_aligned(array).view(np.float16).reshape(array.shape) for array in old)
+            self._caches[spec.layer] = _Cache(keys, values, *old)
+        return self._caches[spec.layer]
+
+    def _address(self, weight: Weight) -> int:
+        start = weight.first_row * row_bytes(weight.type, weight.width)
+        return int(self._weights[weight.tensor][start:].ctypes.data)
+
+
+def _aligned(array: NDArray[np.generic]) -> Bytes:
+    """A copy of the array's bytes at an address that kernels like."""
+    flat = np.frombuffer(array.tobytes(), np.uint8)
+    data = np.empty(flat.size + _ALIGNMENT, np.uint8)
+    start = -data.ctypes.data % _ALIGNMENT
+    data[start : start + flat.size] = flat
+    return data[start : start + flat.size]
