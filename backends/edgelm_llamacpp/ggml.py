@@ -126,19 +126,17 @@ class Ggml:
         return c_void_p.from_address(tensor + self.data_offset)
 
     def _find_data_offset(self) -> int:
-        context = self.context(1, 8)
-        memory = ctypes.create_string_buffer(4096)
-        address = (ctypes.addressof(memory) + 63) & ~63
-        buffer = self.ggml_backend_cpu_buffer_from_ptr(address, 2048)
+        context = self.context(2, 8)
+        memory = ctypes.create_string_buffer(8192)
+        base = (ctypes.addressof(memory) + 63) & ~63
+        buffer = self.ggml_backend_cpu_buffer_from_ptr(base, 4096)
+        found = set(range(0, self.tensor_bytes - 7, 8))
         try:
-            tensor = self.ggml_new_tensor_1d(context, TYPE_F32, 16)
-            if self.ggml_backend_tensor_alloc(buffer, tensor, address) != STATUS_SUCCESS:
-                raise BackendUnavailable(NAME, f"the ggml in {self.folder} refuses memory of ours", HINT)
-            found = [
-                offset
-                for offset in range(0, self.tensor_bytes - 7, 8)
-                if c_size_t.from_address(tensor + offset).value == address
-            ]
+            for address in (base, base + 2048):  # two tensors: stale memory cannot hold both addresses in one place
+                tensor = self.ggml_new_tensor_1d(context, TYPE_F32, 16)
+                if self.ggml_backend_tensor_alloc(buffer, tensor, address) != STATUS_SUCCESS:
+                    raise BackendUnavailable(NAME, f"the ggml in {self.folder} refuses memory of ours", HINT)
+                found &= {offset for offset in found if c_size_t.from_address(tensor + offset).value == address}
         finally:
             self.ggml_backend_buffer_free(buffer)
             self.ggml_free(context)
@@ -146,7 +144,7 @@ class Ggml:
             raise BackendUnavailable(
                 NAME, f"the ggml in {self.folder} lays tensors out in an unknown way ({len(found)} candidates)", HINT
             )
-        return found[0]
+        return found.pop()
 
 
 def load() -> Ggml:

@@ -1,0 +1,141 @@
+"""What a model needs besides its matrices, for every prompt chunk that could be chosen.
+
+Asks the backend and counts bytes; decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from edgelm.engine.backend import CacheGroup, PassShape, Session
+from edgelm.engine.ir import Trace, place
+from edgelm.engine.segments import cut
+from edgelm.engine.state import ALIGN, FLOAT_BYTES, Layout, workspace_bytes
+from edgelm.files.gguf import TensorInfo
+from edgelm.memory.arena import LayerCache, cache_bytes, capacity
+from edgelm.memory.buffer import align_up
+from edgelm.memory.plan import Demand, Plan
+from edgelm.memory.units import Unit, constants
+from edgelm.memory.window import runs
+
+CHUNKS = (512, 256, 128, 64, 32, 16, 8, 4, 1)
+GRAPH_BYTES_PER_OP = 16_000
+"""Compiled programs: tensors, graphs and the Python objects around them, for each recorded operation."""
+RESERVE_BYTES = 3_000_000
+"""Growth of interpreter and libraries while they run: code paged in, thread stacks, small objects."""
+SAMPLING_COPIES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A recorded model and its tensors: `matrices` in pass order, small vectors as the `constants` unit."""
+
+    trace: Trace
+    tensors: Mapping[str, TensorInfo]
+    matrices: tuple[TensorInfo, ...]
+    constants: Unit
+    layers: tuple[LayerCache, ...]
+
+    @property
+    def embedding(self) -> TensorInfo:
+        return self.tensors[next(op.weights[0].tensor for op in self.trace.ops if op.kind == "embed")]
+
+    @property
+    def n_vocab(self) -> int:
+        return self.trace.values[self.trace.logits].width
+
+
+def describe(trace: Trace, tensors: Mapping[str, TensorInfo]) -> Model:
+    """Sort the weights of a recorded model by how they are kept."""
+    used = dict.fromkeys(weight.tensor for op in trace.ops if op.kind != "embed" for weight in op.weights)
+    layers = tuple(
+        LayerCache(spec.group, spec.window, spec.n_kv_heads, spec.head_dim_k, spec.head_dim_v) for spec in trace.attends
+    )
+    matrices = tuple(tensors[name] for name in used if tensors[name].n_rows > 1)
+    return Model(trace, tensors, matrices, constants(tensors, used), layers)
+
+
+class Demands:
+    """The demand of each chunk, from the largest to the smallest, computed when asked for."""
+
+    def __init__(self, model: Model, session: Session, context: int, process_bytes: int, max_outputs: int) -> None:
+        self._model, self._session, self._context = model, session, context
+        self._process_bytes, self._max_outputs = process_bytes, max_outputs
+        self.chunks = tuple(chunk for chunk in CHUNKS if chunk <= max(context, 1))
+        self._whole = place(model.trace.ops, model.trace.values, frozenset([model.trace.logits])).segment
+        self._known: dict[int, Demand] = {}
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def all(self) -> Sequence[Demand]:
+        return [self.of(chunk) for chunk in self.chunks]
+
+    def of(self, chunk: int) -> Demand:
+        """Return the demand as if the model were one segment: enough where nothing streams, else a first guess."""
+        if chunk not in self._known:
+            self._known[chunk] = self._demand(
+                chunk, self._session.scratch_bytes(self._whole, self.shape(chunk)), live_width(self._model.trace)
+            )
+        return self._known[chunk]
+
+    def shape(self, chunk: int) -> PassShape:
+        """Return the largest pass of this chunk: every cache in full view."""
+        windows = {layer.group: layer.window for layer in self._model.layers}
+        places = (capacity(windows[group], self._context, chunk) for group in sorted(windows))
+        return PassShape(chunk, min(chunk, self._max_outputs), tuple(CacheGroup(n, n) for n in places))
+
+    def measured(self, plan: Plan) -> Demand:
+        """Return what the segments that `plan` leads to really need."""
+        cut_model = cut(self._model.trace, [run.unit for run in runs(plan)])
+        shape = self.shape(plan.chunk)
+        distinct = {placed.segment for placed in cut_model.segments if placed.segment.ops}
+        scratch = max(self._session.scratch_bytes(segment, shape) for segment in distinct)
+        return self._demand(plan.chunk, scratch, Layout.of(cut_model).width)
+
+    def _demand(self, chunk: int, scratch_bytes: int, width: int) -> Demand:
+        model = self._model
+        windows = {layer.group: layer.window for layer in model.layers}
+        places = {group: capacity(window, self._context, chunk) for group, window in windows.items()}
+        state = workspace_bytes(
+            width, chunk, self._max_outputs, model.n_vocab, model.embedding.row_bytes, places
+        )
+        return Demand(
+            process_bytes=self._process_bytes,
+            constants_bytes=model.constants.span_bytes,
+            kv_bytes=cache_bytes(model.layers, self._context, chunk),
+            chunk=chunk,
+            scratch_bytes=scratch_bytes,
+            state_bytes=state,
+            reserve_bytes=RESERVE_BYTES
+            + GRAPH_BYTES_PER_OP * len(model.trace.ops) // 4
+            + SAMPLING_COPIES * model.n_vocab * FLOAT_BYTES,
+        )
+
+
+def live_width(trace: Trace) -> int:
+    """Return the largest sum of widths of values alive between two operations."""
+    last: dict[int, int] = {}
+    for i, op in enumerate(trace.ops):
+        for value in op.inputs:
+            last[value] = i
+    alive: dict[int, int] = {}
+    widest = 0
+    for i, op in enumerate(trace.ops):
+        if op.output in last:
+            alive[op.output] = align_up(trace.values[op.output].width, ALIGN // FLOAT_BYTES)
+        widest = max(widest, sum(alive.values()))
+        for value in op.inputs:
+            if last[value] == i:
+                alive.pop(value, None)
+    return widest
+
+
+def with_room(demand: Demand, other: Demand) -> Demand:
+    """Return `demand` with scratch and state no smaller than those of `other`."""
+    return replace(
+        demand,
+        scratch_bytes=max(demand.scratch_bytes, other.scratch_bytes),
+        state_bytes=max(demand.state_bytes, other.state_bytes),
+    )

@@ -1,0 +1,122 @@
+"""From a file and a budget to an engine: record, plan, allocate, read. Text and callers live elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from edgelm.engine.architecture import record
+from edgelm.engine.backend import Backend, Session
+from edgelm.engine.demand import Demands, Model, describe, with_room
+from edgelm.engine.forward import Engine
+from edgelm.engine.registry import get_architecture
+from edgelm.errors import BudgetTooSmall, ConfigError, UnsupportedModel
+from edgelm.files.gguf import ModelFile
+from edgelm.files.meta import Meta
+from edgelm.memory.arena import KVArena
+from edgelm.memory.plan import Demand, Plan, Rates, make_plan
+from edgelm.memory.stores import Store
+from edgelm.memory.window import Window
+
+DEFAULT_CONTEXT = 4096
+MIN_CONTEXT = 16
+_ROUNDS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the caller asked for. `context` None: as much as the model was made for, at most `DEFAULT_CONTEXT`."""
+
+    budget_bytes: int
+    context: int | None = None
+    n_threads: int = 1
+    max_outputs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.context < MIN_CONTEXT:
+            raise ConfigError(f"context must be at least {MIN_CONTEXT} tokens, got {self.context}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A plan, and all that is needed to carry it out."""
+
+    model: Model
+    plan: Plan
+    session: Session
+
+
+def prepare(
+    file: ModelFile, backend: Backend, session: Session, request: Request, process_bytes: int, rates: Rates | None
+) -> Prepared:
+    """Record the model and plan its memory; reads no weights.
+
+    Raises `UnsupportedModel` for a model that edgelm or the backend cannot run, `BudgetTooSmall` with the smallest
+    budget that works. If the caller left the context open it is halved, down to 512, before the budget is refused.
+    """
+    architecture = get_architecture(file.architecture)
+    context = request.context or min(_trained(file), DEFAULT_CONTEXT)
+    while True:
+        model = describe(record(architecture, file, context), file.tensors)
+        _check_types(model, backend)
+        demands = Demands(model, session, context, process_bytes, request.max_outputs)
+        try:
+            plan = _settle(model, demands, request.budget_bytes, context, rates, backend.capabilities().streams)
+            return Prepared(model, plan, session)
+        except BudgetTooSmall:
+            if request.context is not None or context <= 512:
+                raise
+            context //= 2
+
+
+def build(
+    prepared: Prepared,
+    store: Store,
+    max_outputs: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Engine:
+    """Allocate what the plan says and read the pinned weights. The engine owns `store` and the session from here."""
+    model, plan = prepared.model, prepared.plan
+    window = Window(store, plan, model.constants)
+    try:
+        arena = KVArena(model.layers, plan.context, plan.chunk)
+        engine = Engine(
+            model.trace, model.tensors, plan, window, model.constants, arena, store, prepared.session, max_outputs
+        )
+        window.load(progress, cancelled)
+    except BaseException:
+        window.close()
+        raise
+    return engine
+
+
+def _settle(
+    model: Model, demands: Demands, budget_bytes: int, context: int, rates: Rates | None, streams: bool
+) -> Plan:
+    """Plan, look at the segments that come of it, and plan again with what they need, until the two agree."""
+    plan = make_plan(model.matrices, demands.all(), budget_bytes, context, rates, streams)
+    if not plan.streamed:
+        return plan
+    needed: Demand = replace(demands.measured(plan))
+    for _ in range(_ROUNDS):
+        plan = make_plan(model.matrices, [needed], budget_bytes, context, rates, streams)
+        found = demands.measured(plan)
+        if found.total_bytes <= needed.total_bytes and with_room(needed, found) == needed:
+            return plan
+        needed = with_room(needed, found)
+    raise AssertionError("the demand of a plan does not settle")
+
+
+def _trained(file: ModelFile) -> int:
+    return Meta.of(file).int("context_length", default=DEFAULT_CONTEXT, least=1)
+
+
+def _check_types(model: Model, backend: Backend) -> None:
+    supported = backend.capabilities().types
+    for info in (model.embedding, *model.matrices):
+        if info.type not in supported:
+            raise UnsupportedModel(
+                f"tensor {info.name!r} is of type {info.type.name}, which the {backend.name} backend does not compute; "
+                "try another quantization or another backend"
+            )
