@@ -26,6 +26,7 @@ MAX_HEADER_BYTES = 256 * 2**20
 WINDOW_BYTES = 256 * 2**10
 
 _RWF_DONTCACHE = 0x80  # Linux 6.14: drop the pages that this very read brought into the page cache
+_LARGEST_PAGE_BYTES = 65_536  # a page that is dropped in part is kept
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
@@ -42,6 +43,9 @@ class Cursor:
         self._flags = _RWF_DONTCACHE if sys.platform == "linux" else 0
 
     def __enter__(self) -> Self:
+        if hasattr(os, "posix_fadvise"):
+            # what the kernel reads ahead stays in the page cache, in spite of the flag and past the header
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
         return self
 
     def __exit__(
@@ -50,7 +54,7 @@ class Cursor:
         self._window = b""
         if not self._flags and hasattr(os, "posix_fadvise"):
             # cached pages of the header are memory that nobody budgeted, and it is not read again
-            os.posix_fadvise(self._fd, 0, self._read_bytes, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._fd, 0, self._read_bytes + _LARGEST_PAGE_BYTES, os.POSIX_FADV_DONTNEED)
 
     @property
     def position(self) -> int:
@@ -67,6 +71,13 @@ class Cursor:
         state = self._hash.copy()
         state.update(memoryview(self._window)[: self._at])
         return state.digest()
+
+    def peek(self, n: int) -> bytes:
+        """Return the next `n` bytes, or as many as there are, without walking over them."""
+        n = min(n, self.left)
+        if self._at + n > len(self._window):
+            self._fill(n)
+        return self._window[self._at : self._at + n]
 
     def take(self, n: int) -> bytes:
         """Return the next `n` bytes. Raises `TruncatedFile` if fewer are left."""

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from edgelm.errors import ModelFileError, ModelNotFound
+from edgelm.files.cursor import Cursor
 from edgelm.files.errors import (
     BadHeader,
     DuplicatePart,
@@ -123,20 +124,11 @@ def _read_part(path: Path) -> Header:
             path, f"the file cannot be opened: {reason}", "check the path and its permissions"
         ) from None
     try:
-        size = os.fstat(fd).st_size
-        check_magic(path, _head(fd, path), size)
-        return read_header(fd, path)
+        with Cursor(fd, path, os.fstat(fd).st_size) as cursor:
+            check_magic(path, cursor.peek(HEAD_BYTES), cursor.file_bytes)
+            return read_header(cursor)
     finally:
         os.close(fd)
-
-
-def _head(fd: int, path: Path) -> bytes:
-    try:
-        head = os.read(fd, HEAD_BYTES)
-        os.lseek(fd, 0, os.SEEK_SET)
-        return head
-    except OSError as error:
-        raise ModelFileError(path, f"reading failed: {error.strerror}", "check the device") from error
 
 
 def _folder_hint(path: Path) -> str:

@@ -8,7 +8,6 @@ Format: `docs/gguf.md` of ggml, versions 2 and 3.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,30 +66,29 @@ class Header:
     digest: bytes
 
 
-def read_header(fd: int, path: Path) -> Header:
-    """Read and check the header of the GGUF file open as `fd` (little-endian, version 2 or 3).
+def read_header(cursor: Cursor) -> Header:
+    """Read and check the header of a GGUF file (little-endian, version 2 or 3) from its beginning.
 
     Raises `TruncatedFile`, `BadHeader`, `BadTensor` or `UnsupportedModel`.
     """
-    file_bytes = os.fstat(fd).st_size
-    with Cursor(fd, path, file_bytes) as cursor:
-        cursor.take(4)  # the magic: whoever opened the file has looked at it
-        version = _version(cursor)
-        n_tensors, n_keys = cursor.u64(), cursor.u64()
-        _check_count(cursor, "tensors", n_tensors, MAX_TENSORS, _MIN_TENSOR_BYTES)
-        _check_count(cursor, "metadata keys", n_keys, MAX_KEYS, _MIN_KEY_BYTES)
-        metadata: dict[str, Any] = {}
-        for index in range(n_keys):
-            key = _key(cursor, index)
-            if key in metadata:
-                raise BadHeader(path, f"the metadata key {key!r} appears twice")
-            metadata[key] = _value(cursor, key)
-        alignment = _alignment(path, metadata)
-        relative = _tensor_table(cursor, n_tensors)
-        header_bytes, digest = cursor.position, cursor.digest()
+    path = cursor.path
+    cursor.take(4)  # the magic: whoever opened the file has looked at it
+    version = _version(cursor)
+    n_tensors, n_keys = cursor.u64(), cursor.u64()
+    _check_count(cursor, "tensors", n_tensors, MAX_TENSORS, _MIN_TENSOR_BYTES)
+    _check_count(cursor, "metadata keys", n_keys, MAX_KEYS, _MIN_KEY_BYTES)
+    metadata: dict[str, Any] = {}
+    for index in range(n_keys):
+        key = _key(cursor, index)
+        if key in metadata:
+            raise BadHeader(path, f"the metadata key {key!r} appears twice")
+        metadata[key] = _value(cursor, key)
+    alignment = _alignment(path, metadata)
+    relative = _tensor_table(cursor, n_tensors)
+    header_bytes = cursor.position
     data_start = -(-header_bytes // alignment) * alignment
-    tensors = _placed(path, relative, data_start, alignment, file_bytes)
-    return Header(path, version, metadata, tensors, header_bytes, file_bytes, digest)
+    tensors = _placed(path, relative, data_start, alignment, cursor.file_bytes)
+    return Header(path, version, metadata, tensors, header_bytes, cursor.file_bytes, cursor.digest())
 
 
 def _version(cursor: Cursor) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,35 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     model = open_model(path)
     assert (len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0) == before
     assert len(model.paths) == 2
+
+
+def n_cached_pages(path: Path) -> int:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        n_pages = -(-len(mapped) // mmap.PAGESIZE)
+        resident = (ctypes.c_ubyte * n_pages)()
+        first = ctypes.c_char.from_buffer(mapped)
+        failed = ctypes.CDLL(None).mincore(
+            ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped)), resident
+        )
+        del first
+        assert not failed
+        return sum(page & 1 for page in resident)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in its page cache")
+@pytest.mark.parametrize("flag", [0x80, 0], ids=["with the kernel's flag", "without"])
+def test_a_cold_header_leaves_nothing_in_the_page_cache(
+    tmp_path: Path, flag: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cursor, "_RWF_DONTCACHE", flag)
+    path = tiny_model(tmp_path / "a.gguf", "llama", n_vocab=40_000)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if n_cached_pages(path):
+        pytest.skip("this file system keeps its files in memory")
+    assert open_model(path).header_bytes > 2 * cursor.WINDOW_BYTES
+    assert n_cached_pages(path) == 0
 
 
 class TestSplitFiles:
