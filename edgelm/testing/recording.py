@@ -111,10 +111,16 @@ class Recording:
 
     def exact_weight(self, weight: Weight) -> reference.Exact:
         """The weights as numbers, [rows, width] in float64."""
-        from edgelm_numpy.dequantize import dequantize  # the decoder that is checked against ggml's own, bit for bit
+        # The decoder that is checked against ggml's own, bit for bit; the package gguf for what it lacks.
+        from edgelm_numpy.dequantize import TYPES, dequantize
 
         raw = self._weights[weight.tensor].reshape(-1, row_bytes(weight.type, weight.width))
-        return dequantize(weight.type, raw).astype(np.float64)
+        if weight.type in TYPES:
+            return dequantize(weight.type, raw).astype(np.float64)
+        import gguf
+
+        kind = gguf.GGMLQuantizationType(int(weight.type))
+        return np.asarray(gguf.quants.dequantize(raw, kind), np.float64)
 
     def exact_attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttendSpec) -> reference.Exact:
         """Attention over the cache that there should be, which this extends by the rows of the pass."""
