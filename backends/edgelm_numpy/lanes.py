@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import itertools
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -59,28 +60,51 @@ def quiet() -> np.errstate:
 
 
 class BlasThreads:
-    """The number of threads of the OpenBLAS inside NumPy, for the whole process.
+    """Keeps the OpenBLAS inside NumPy on one thread, for the whole process, while anybody holds it.
 
     With another BLAS (`found` is False) nothing can be set here: limit it by its own environment variable.
     """
 
+    _lock = threading.Lock()
+    _n_holders = 0
+    _n_before = 0
+
     def __init__(self) -> None:
-        self.found = False
         library = _numpy_library()
         for prefix, suffix in itertools.product(("scipy_openblas", "openblas"), ("64_", "")):
             self._get = getattr(library, f"{prefix}_get_num_threads{suffix}", None)
             self._set = getattr(library, f"{prefix}_set_num_threads{suffix}", None)
-            if self._get and self._set:
-                self.found = True
+            if self.found:
                 return
 
-    def set(self, n: int) -> int:
-        """Set the number and return what it was."""
-        if self._get is None or self._set is None:
-            return n
-        before = int(self._get())
-        self._set(n)
-        return before
+    @property
+    def found(self) -> bool:
+        return self._get is not None and self._set is not None
+
+    @property
+    def n(self) -> int | None:
+        """How many threads OpenBLAS uses now."""
+        return None if self._get is None else int(self._get())
+
+    def set(self, n: int) -> None:
+        if self._set is not None:
+            self._set(n)
+
+    def hold(self) -> None:
+        """Go down to one thread. Pairs with `release`; sessions may overlap."""
+        cls = type(self)
+        with cls._lock:
+            if cls._n_holders == 0:
+                cls._n_before = self.n or 0
+                self.set(1)
+            cls._n_holders += 1
+
+    def release(self) -> None:
+        cls = type(self)
+        with cls._lock:
+            cls._n_holders -= 1
+            if cls._n_holders == 0:
+                self.set(cls._n_before)
 
 
 def _numpy_library() -> ctypes.CDLL:

@@ -47,7 +47,8 @@ class NumpySession:
     def __init__(self, n_threads: int) -> None:
         self.lanes = Lanes(n_threads)
         self._blas = BlasThreads()
-        self._blas_threads = self._blas.set(1)
+        self._blas.hold()
+        self._closed = False
         self._scratch: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._reserved: int | None = None
 
@@ -68,9 +69,11 @@ class NumpySession:
         self.lanes.aborted = on
 
     def close(self) -> None:
-        self.lanes.close()
-        self._blas.set(self._blas_threads)
-        self._scratch = np.empty(0, np.uint8)
+        if not self._closed:
+            self._closed = True
+            self.lanes.close()
+            self._blas.release()
+            self._scratch = np.empty(0, np.uint8)
 
     def scratch(self, n_bytes: int) -> NDArray[np.uint8]:
         """Return the shared block; it stays the same until a program needs a larger one."""

@@ -31,12 +31,16 @@ def test_blas_is_on_one_thread_only_while_a_session_is_open() -> None:
     blas = BlasThreads()
     if not blas.found:
         pytest.skip("NumPy is linked to another BLAS than OpenBLAS")
-    before = blas.set(2)
+    before = blas.n
+    assert before is not None
+    blas.set(2)
     try:
-        session = BACKEND.open(2)
-        assert blas.set(1) == 1
-        session.close()
-        assert blas.set(before) == 2
+        first, second = BACKEND.open(2), BACKEND.open(1)
+        first.close()
+        first.close()
+        assert blas.n == 1
+        second.close()
+        assert blas.n == 2
     finally:
         blas.set(before)
 
