@@ -25,6 +25,7 @@ from edgelm.errors import TemplateError
 
 MAX_SOURCE_CHARS = 1_000_000
 MAX_CHARS = 4_000_000
+MAX_NESTING = 4  # a text may be captured and written again
 MAX_STEPS = 1_000_000
 MAX_SECONDS = 10.0
 MAX_WIDTH = 10_000
@@ -94,7 +95,6 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
-        self._steps, self._deadline = 0, 0.0
         self.start()
         self.concat = self._concat  # type: ignore[method-assign]
         self.globals.pop("lipsum", None)
@@ -109,11 +109,12 @@ class _Environment(ImmutableSandboxedEnvironment):
             "join": _checked_join(self.filters["join"]),
             "_stepped": self._stepped,
             "_bounded": _bounded,
+            "_written": self._written,
         }
 
     def start(self) -> None:
         """Begin to count anew."""
-        self._steps, self._deadline = 0, time.monotonic() + MAX_SECONDS
+        self._steps, self._n_written, self._deadline = 0, 0, time.monotonic() + MAX_SECONDS
 
     def _step(self) -> None:
         self._steps += 1
@@ -128,6 +129,13 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _stepped(self, items: Any) -> Any:
         return _Stepped(items, self._step)
+
+    def _written(self, value: Any) -> str:
+        """Return `value` as text, and count it: pieces of a captured block wait unjoined."""
+        text = str(value)
+        self._n_written += len(text)
+        _check_size(self._n_written // MAX_NESTING)
+        return text
 
     def _concat(self, pieces: Iterable[str]) -> str:
         kept, n_chars = [], 0
@@ -174,7 +182,14 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Instrument(NodeTransformer):
-    """Counts the steps of every loop and bounds every `~`."""
+    """Counts the steps of every loop and what is written, and bounds every `~`."""
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Output:
+        self.generic_visit(node)
+        node.nodes = [
+            part if isinstance(part, nodes.TemplateData) else _filtered(part, "_written") for part in node.nodes
+        ]
+        return node
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)

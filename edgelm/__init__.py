@@ -1,0 +1,120 @@
+"""Run small language models inside a memory budget that you set.
+
+    with edgelm.load("model.gguf", memory="300MB") as model:
+        for chunk in model.stream("Once upon a time", max_tokens=64):
+            print(chunk.text, end="")
+
+`__all__` is the whole public surface. Everything but the errors is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from edgelm.errors import (
+    BackendUnavailable,
+    BudgetTooSmall,
+    Cancelled,
+    ConfigError,
+    ContextOverflow,
+    DownloadError,
+    EdgeLMError,
+    ModelFileError,
+    ModelNotFound,
+    TemplateError,
+    UnknownBackend,
+    UnsupportedModel,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from os import PathLike
+
+    from edgelm.chat import Chat
+    from edgelm.memory.plan import Plan
+    from edgelm.model import Model
+    from edgelm.opening import plan
+    from edgelm.reports import BackendReport, Inspection, backends, doctor, inspect
+    from edgelm.usage import Chunk, Usage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendReport",
+    "BackendUnavailable",
+    "BudgetTooSmall",
+    "Cancelled",
+    "Chat",
+    "Chunk",
+    "ConfigError",
+    "ContextOverflow",
+    "DownloadError",
+    "EdgeLMError",
+    "Inspection",
+    "Model",
+    "ModelFileError",
+    "ModelNotFound",
+    "Plan",
+    "TemplateError",
+    "UnknownBackend",
+    "UnsupportedModel",
+    "Usage",
+    "backends",
+    "doctor",
+    "inspect",
+    "load",
+    "plan",
+]
+
+_HOMES = {
+    "BackendReport": "edgelm.reports",
+    "Chat": "edgelm.chat",
+    "Chunk": "edgelm.usage",
+    "Inspection": "edgelm.reports",
+    "Model": "edgelm.model",
+    "Plan": "edgelm.memory.plan",
+    "Usage": "edgelm.usage",
+    "backends": "edgelm.reports",
+    "doctor": "edgelm.reports",
+    "inspect": "edgelm.reports",
+    "plan": "edgelm.opening",
+}
+
+
+def load(
+    path: str | PathLike[str],
+    *,
+    memory: str | int | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Load a GGUF file inside a memory budget.
+
+    `memory` bounds the whole process at its peak ("300MB", "1GiB", or bytes); without it the budget is what the
+    device can spare (`Model.notes` says how much). `context` is the number of tokens that prompt and answer may have
+    together; without it as much as the model was made for, up to 4096, fewer if the budget asks for it.
+    `threads` defaults to the physical cores that this process may use. `progress(done, total)` hears of loading.
+
+    Raises `BudgetTooSmall` with the smallest budget that works, `ModelFileError`, `UnsupportedModel`,
+    `BackendUnavailable` or `ConfigError`.
+    """
+    from edgelm.model import Model
+    from edgelm.opening import open_engine
+
+    return Model(
+        open_engine(path, memory=memory, backend=backend, threads=threads, context=context, progress=progress)
+    )
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'edgelm' has no attribute {name!r}")
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,73 @@
+"""What the processor and the interpreter are, so that verdicts and measurements are not believed elsewhere.
+
+Only reads; knows no backend.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import sys
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def cpu_model() -> str:
+    """Return the name of the processor as its maker writes it, or the machine type where the system does not say."""
+    fields = _cpuinfo()
+    for field in ("model name", "Hardware", "Model", "cpu model", "uarch", "CPU part"):
+        if fields.get(field):
+            return fields[field]
+    return _brand() or platform.machine() or "unknown"
+
+
+@cache
+def machine_key() -> str:
+    """Return a key of processor, its features, and interpreter: what is measured under one key holds under it."""
+    fields = _cpuinfo()
+    features = fields.get("flags") or fields.get("Features") or fields.get("isa") or ""
+    facts = (cpu_model(), features, platform.machine(), sys.platform, sys.version)
+    return digest(*facts)
+
+
+def digest(*facts: object) -> str:
+    """Return a short hexadecimal key of these facts."""
+    return hashlib.blake2b("\0".join(map(str, facts)).encode(), digest_size=10).hexdigest()
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    """The facts of the first processor in /proc/cpuinfo; empty where there is no such file."""
+    try:
+        handle = os.open("/proc/cpuinfo", os.O_RDONLY)
+    except OSError:
+        return {}
+    try:
+        text = os.read(handle, 8192).decode(errors="replace")  # one read: the kernel writes only what is asked for
+    finally:
+        os.close(handle)
+    first = text.split("\n\n", 1)[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in pairs}
+    # boards state their name at the end, after all processors
+    if "model name" not in fields:
+        for name in ("/proc/device-tree/model",):
+            try:
+                fields.setdefault("Model", Path(name).read_text(errors="replace").strip("\0\n "))
+            except OSError:
+                continue
+    return fields
+
+
+def _brand() -> str:
+    if sys.platform == "win32":
+        return os.environ.get("PROCESSOR_IDENTIFIER", "")
+    if sys.platform == "darwin":
+        size = ctypes.c_size_t(256)
+        text = ctypes.create_string_buffer(size.value)
+        done = ctypes.CDLL(None).sysctlbyname(b"machdep.cpu.brand_string", text, ctypes.byref(size), None, 0)
+        return text.value.decode(errors="replace") if done == 0 else ""
+    return ""

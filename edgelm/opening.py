@@ -1,0 +1,130 @@
+"""From a path and a budget to a running engine, with everything that is decided on the way: backend, threads, budget.
+
+The order matters: what stays in the process is loaded first and measured, then memory is planned, then weights come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike, fspath
+
+from edgelm.engine.backend import Backend, Session
+from edgelm.engine.calibration import measured_rates
+from edgelm.engine.forward import Engine
+from edgelm.engine.health import choose
+from edgelm.engine.loading import Prepared, Request, build, prepare
+from edgelm.errors import ConfigError
+from edgelm.files.gguf import ModelFile, open_model
+from edgelm.memory.meter import Meter
+from edgelm.memory.plan import Plan
+from edgelm.memory.platform import current_platform
+from edgelm.memory.platform.allocator import trim, tune_allocator
+from edgelm.memory.stores import Store, open_store
+from edgelm.sizes import human, parse_size
+from edgelm.text.tokenizer import Tokenizer, load_tokenizer
+
+SPARE_SHARE = 0.8
+"""Share of the available memory that a model without a stated budget may take: the rest is the device's margin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A loaded model and what was decided: `notes` are sentences for the user."""
+
+    file: ModelFile
+    tokenizer: Tokenizer
+    engine: Engine
+    backend: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """All but the weights."""
+
+    file: ModelFile
+    tokenizer: Tokenizer
+    backend: Backend
+    session: Session
+    store: Store
+    prepared: Prepared
+    notes: tuple[str, ...]
+
+
+def open_engine(
+    path: str | PathLike[str],
+    *,
+    memory: str | int | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    max_outputs: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Opened:
+    """Load a model inside a budget; see `edgelm.load`."""
+    ready = _get_ready(path, memory, backend, threads, context, max_outputs)
+    try:
+        engine = build(ready.prepared, ready.store, max_outputs, progress)
+    except BaseException:
+        ready.session.close()
+        ready.store.close()
+        raise
+    return Opened(ready.file, ready.tokenizer, engine, ready.backend.name, ready.notes)
+
+
+def plan(
+    path: str | PathLike[str],
+    *,
+    memory: str | int | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+) -> Plan:
+    """Return the plan that `load` would carry out, without reading weights. Raises what `load` raises."""
+    ready = _get_ready(path, memory, backend, threads, context, max_outputs=1)
+    ready.session.close()
+    ready.store.close()
+    return ready.prepared.plan
+
+
+def _get_ready(
+    path: str | PathLike[str],
+    memory: str | int | None,
+    backend: str,
+    threads: int | None,
+    context: int | None,
+    max_outputs: int,
+) -> _Ready:
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads must be at least 1, got {threads}")
+    platform = current_platform()
+    n_threads = threads or platform.cores()
+    tune_allocator()
+    file = open_model(fspath(path))
+    chosen, notes = choose(file, backend)  # a trial run in a child, if any, comes before this process grows
+    tokenizer = load_tokenizer(file)
+    session = chosen.open(n_threads)
+    try:
+        budget_bytes, note = _budget(memory)
+        store, _ = open_store([str(part) for part in file.paths])
+        rates = measured_rates(chosen, session, store, file, n_threads)
+        trim()
+        request = Request(budget_bytes, context, n_threads, max_outputs)
+        prepared = prepare(file, chosen, session, request, Meter().sample().rss_bytes, rates)
+    except BaseException:
+        session.close()
+        raise
+    return _Ready(file, tokenizer, chosen, session, store, prepared, (*note, *notes))
+
+
+def _budget(memory: str | int | None) -> tuple[int, tuple[str, ...]]:
+    """Return the budget in bytes and, if nobody stated one, a sentence on how it came about."""
+    if memory is not None:
+        return parse_size(memory), ()
+    platform = current_platform()
+    available = platform.available_bytes() + platform.rss_bytes()
+    budget = int(available * SPARE_SHARE)
+    return budget, (
+        f"no --memory given: {human(budget)} is the budget, {SPARE_SHARE:.0%} of the {human(available)} free here",
+    )
