@@ -220,9 +220,12 @@ def _scaled(q: NDArray[Any], scale: Floats, out: Floats) -> None:
 
 def _scaled_with_minimum(q: Bytes, blocks: Bytes, out: Floats) -> None:
     """Q4_K and Q5_K: eight 6-bit scales and eight 6-bit minima are packed into 12 bytes."""
-    a, b, c = (blocks[..., start : start + 4] for start in (4, 8, 12))
-    scales = np.concatenate((a & 63, (c & 15) | (a >> 6 << 4)), axis=-1)
-    minima = np.concatenate((b & 63, (c >> 4) | (b >> 6 << 4)), axis=-1)
+    # Four at a time as one word, so that NumPy's loops are long; bytes keep their order whatever the machine's is.
+    words = _cut(blocks, 4, 16).view(np.uint32)
+    a, b, c = words[..., 0], words[..., 1], words[..., 2]
+    six, four, two = np.uint32(0x3F3F3F3F), np.uint32(0x0F0F0F0F), np.uint32(0x03030303)
+    scales = np.stack((a & six, c & four | (a >> 6 & two) << 4), axis=-1).view(np.uint8)
+    minima = np.stack((b & six, c >> 4 & four | (b >> 6 & two) << 4), axis=-1).view(np.uint8)
     fine = _by(out, 32)
     _scaled(_by(q, 32), (_half(blocks, 0) * scales)[..., None], fine)
     fine -= (_half(blocks, 2) * minima)[..., None]

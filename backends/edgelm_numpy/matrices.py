@@ -17,6 +17,8 @@ PANEL = 32
 """Rows of a matrix that are multiplied at a time."""
 TILE_WEIGHTS = 1 << 18
 """Weights that a lane holds as float32 (1 MiB). Smaller tiles make lanes wait for each other inside the interpreter."""
+SHARED_WEIGHTS = 1 << 17
+"""A lane joins in for this many weights at least: waking it for fewer takes longer than it saves."""
 
 
 def lower_linear(site: Site) -> Step:
@@ -64,6 +66,8 @@ def lower_embed(site: Site) -> Step:
 
 
 def _tile_rows(rows: int, width: int, n_lanes: int) -> int:
-    """Whole panels: as many as fit into `TILE_WEIGHTS`, but no more than leaves something to do for every lane."""
-    share = -(-rows // (PANEL * n_lanes))
-    return max(1, min(TILE_WEIGHTS // (PANEL * width), share)) * PANEL
+    """Whole panels: no more than fit into `TILE_WEIGHTS`, and so many tiles that every lane has as many."""
+    sharing = max(1, min(n_lanes, rows * width // SHARED_WEIGHTS))
+    rounds = -(-rows * width // (TILE_WEIGHTS * sharing))
+    largest = max(1, TILE_WEIGHTS // (PANEL * width))
+    return min(largest, -(-rows // (PANEL * sharing * rounds))) * PANEL
