@@ -26,6 +26,12 @@ class LlamaCppBackend:
         except BackendUnavailable as exc:
             return Availability(False, reason=exc.reason)
 
+    def identity(self) -> str:
+        """Return what changes whenever the library does; loads nothing."""
+        from edgelm_llamacpp.ggml import identity
+
+        return identity()
+
     def capabilities(self) -> Capabilities:
         return Capabilities(types=frozenset(TensorType[name] for name in _TYPES))
 

@@ -162,6 +162,16 @@ def load() -> Ggml:
     raise BackendUnavailable(NAME, f"{problem} (searched: {', '.join(searched) or 'nothing installed'})", HINT)
 
 
+def identity() -> str:
+    """Return paths, sizes and times of change of the ggml files that `load` would try, loading none."""
+    return "\n".join(
+        f"{path} {facts.st_size} {facts.st_mtime_ns}"
+        for folder in _folders()
+        for path in sorted(folder.glob("*ggml*"))
+        if (facts := path.stat())
+    )
+
+
 def _folders() -> Iterator[Path]:
     if chosen := os.environ.get("EDGELM_GGML"):
         yield Path(chosen)

@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -52,13 +53,9 @@ def _cpuinfo() -> dict[str, str]:
     first = text.split("\n\n", 1)[0]
     pairs = (line.partition(":") for line in first.splitlines())
     fields = {name.strip(): value.strip() for name, _, value in pairs}
-    # boards state their name at the end, after all processors
-    if "model name" not in fields:
-        for name in ("/proc/device-tree/model",):
-            try:
-                fields.setdefault("Model", Path(name).read_text(errors="replace").strip("\0\n "))
-            except OSError:
-                continue
+    if "model name" not in fields:  # boards with ARM processors name themselves, not the processor
+        with suppress(OSError):
+            fields["Model"] = Path("/proc/device-tree/model").read_text(errors="replace").strip("\0\n ")
     return fields
 
 

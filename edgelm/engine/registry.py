@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from edgelm.engine.architecture import Architecture
-from edgelm.engine.backend import Backend
 from edgelm.errors import BackendUnavailable, UnknownBackend, UnsupportedModel
+
+if TYPE_CHECKING:  # a child process that tries a backend has no use for NumPy
+    from edgelm.engine.architecture import Architecture
+    from edgelm.engine.backend import Backend
 
 # The same entries stand in pyproject.toml; this table serves frozen applications, which lose their metadata.
 BACKENDS: Mapping[str, str] = {
@@ -38,7 +40,7 @@ def get_backend(name: str) -> Backend:
     if target is None:
         raise UnknownBackend(name, backend_names())
     try:
-        return cast(Backend, _load(target))
+        return cast("Backend", _load(target))
     except ImportError as exc:
         raise BackendUnavailable(name, str(exc), HINTS.get(name, f"check {target}")) from exc
 
@@ -51,7 +53,7 @@ def get_architecture(name: str) -> Architecture:
             f"architecture {name!r} is not supported (supported: {', '.join(sorted(ARCHITECTURES))}); "
             "try a model of one of these families"
         )
-    return cast(Architecture, _load(target))
+    return cast("Architecture", _load(target))
 
 
 def _entries(group: str) -> dict[str, str]:

@@ -1,20 +1,38 @@
-"""Bytes on flash: GGUF headers, checked. Reads no weights; knows no architecture."""
+"""Bytes on flash: GGUF headers, checked. Reads no weights; knows no architecture.
 
-from edgelm.files.errors import (
-    BadHeader,
-    BadTensor,
-    DuplicatePart,
-    MismatchedPart,
-    MissingPart,
-    NotAModelFile,
-    NotFirstPart,
-    SplitFileError,
-    TruncatedFile,
-)
-from edgelm.files.ggml_types import TensorType, row_bytes
-from edgelm.files.gguf import ModelFile, TensorInfo, open_model
-from edgelm.files.meta import Meta
-from edgelm.files.strings import StringArray
+Names are imported when they are asked for: a child process that tries a backend needs the tensor types and no NumPy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgelm.files.errors import (
+        BadHeader,
+        BadTensor,
+        DuplicatePart,
+        MismatchedPart,
+        MissingPart,
+        NotAModelFile,
+        NotFirstPart,
+        SplitFileError,
+        TruncatedFile,
+    )
+    from edgelm.files.ggml_types import TensorType, row_bytes
+    from edgelm.files.gguf import ModelFile, TensorInfo, open_model
+    from edgelm.files.meta import Meta
+    from edgelm.files.strings import StringArray
+
+_HOMES = {
+    "errors": "BadHeader BadTensor DuplicatePart MismatchedPart MissingPart NotAModelFile NotFirstPart "
+    "SplitFileError TruncatedFile",
+    "ggml_types": "TensorType row_bytes",
+    "gguf": "ModelFile TensorInfo open_model",
+    "meta": "Meta",
+    "strings": "StringArray",
+}
 
 __all__ = [
     "BadHeader",
@@ -34,3 +52,10 @@ __all__ = [
     "open_model",
     "row_bytes",
 ]
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOMES.items():
+        if name in names.split():
+            return getattr(import_module(f"edgelm.files.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from edgelm.cachedir import cache_dir
 from edgelm.text.tables import FORMAT, HEAD_BYTES, BadTables, Tables, checked_head, crc32_of
 
 _STEP_BYTES = 1 << 16
@@ -21,12 +22,7 @@ _STEP_BYTES = 1 << 16
 
 def default_folder() -> Path:
     """Return the folder of tables: under `$EDGELM_CACHE`, else under the user's cache folder."""
-    root = os.environ.get("EDGELM_CACHE")
-    if root:
-        return Path(root) / "tokenizers"
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("edgelm")) / "tokenizers"
+    return cache_dir() / "tokenizers"
 
 
 def cached_tables(key: str, build: Callable[[], list[bytes]], folder: Path | None) -> Tables:

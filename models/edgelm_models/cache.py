@@ -16,22 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgelm.cachedir import cache_dir as cache_dir  # also for callers of this module
 from edgelm.errors import DownloadError, ModelNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 MANIFEST = "manifest.json"
-
-
-def cache_dir() -> Path:
-    """Return the folder for models and derived files: `EDGELM_CACHE`, or the user's cache folder."""
-    configured = os.environ.get("EDGELM_CACHE")
-    if configured:
-        return Path(configured).expanduser().absolute()
-    from platformdirs import user_cache_path  # 4 MB of imports that a configured cache can spare
-
-    return user_cache_path("edgelm", appauthor=False)
 
 
 @dataclass(frozen=True, slots=True)
