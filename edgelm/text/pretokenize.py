@@ -251,6 +251,7 @@ _STAGES_OF_NAMES: tuple[tuple[str, Sequence[Stage]], ...] = (
     ("gemma4 granite-embed-multi-311m sarvam-moe", (_LINES,)),
 )
 _STAGES = {name: stages for names, stages in _STAGES_OF_NAMES for name in names.split()}
+KNOWN_PRE_TOKENIZERS = tuple(sorted(_STAGES))
 _BOS_ADDERS = frozenset(
     {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"}
 )
@@ -267,7 +268,7 @@ def pre_tokenizer(name: str) -> PreTokenizer:
     stages = _STAGES.get(name)
     if stages is None:
         raise UnsupportedModel(
-            f"the file's pre-tokenizer {name!r} is not known (known: {', '.join(sorted(_STAGES))}); "
+            f"the file's pre-tokenizer {name!r} is not known (known: {', '.join(KNOWN_PRE_TOKENIZERS)}); "
             "convert the model again with a current llama.cpp, or use another model"
         )
     return PreTokenizer(
