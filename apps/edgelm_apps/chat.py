@@ -36,10 +36,13 @@ def chat(model: str | None, system: str | None, quiet: bool, offline: bool, **gi
     from edgelm_apps.repl import Conversation, lines_from_stdin, talk
     from edgelm_models.catalogue import DEFAULT_MODEL
 
+    overflow = given.pop("overflow") or "error"
     path = find_model(model or DEFAULT_MODEL, offline=offline, quiet=quiet)
-    with open_model(path, engine_values(given)) as loaded:
+    with open_model(path, engine_values(given), quiet=quiet) as loaded:
         if not quiet:
             for line in start_lines(loaded):
                 note(line)
+            if loaded.template.notice:
+                note(loaded.template.notice)
         with lines_from_stdin(greet=not quiet) as source:
-            return talk(Conversation(loaded, system, sampling_values(given)), source)
+            return talk(Conversation(loaded, system, overflow, sampling_values(given)), source)

@@ -41,19 +41,22 @@ def find_model(model: str, *, offline: bool, quiet: bool) -> Path:
     return locate(model)
 
 
-def open_model(path: Path, engine: dict[str, Any]) -> Model:
+def open_model(path: Path, engine: dict[str, Any], *, quiet: bool) -> Model:
+    """Load a model; on a terminal the percentage is shown while it loads."""
     import edgelm
+    from edgelm_apps.output import Percentage
 
-    return edgelm.load(path, **engine)
+    with Percentage(f"loading {path.name}", quiet) as shown:
+        return edgelm.load(path, progress=shown.show, **engine)
 
 
 def start_lines(model: Model) -> list[str]:
-    """Return what to say at the start: budget and backend, and every step by which the plan had to give in."""
+    """Return what to say at the start: budget and backend, and every decision that the user should know of."""
     from edgelm.sizes import human
 
     plan = model.plan
     first = f"{model.backend} backend, budget {human(plan.budget_bytes)}, context {plan.context}"
-    return [first, *plan.notes]
+    return [first, *model.notes]
 
 
 def statistics(usage: Usage) -> dict[str, Any]:
@@ -105,4 +108,4 @@ def ask(chat: Chat, text: str, sampling: dict[str, Any]) -> Generator[Chunk, Non
 
 def complete(model: Model, text: str, sampling: dict[str, Any]) -> Generator[Chunk, None, None]:
     """Stream what follows `text`, without a chat template."""
-    yield from model.stream(text, raw=True, **sampling)
+    yield from model.stream(text, **sampling)

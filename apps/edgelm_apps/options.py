@@ -111,7 +111,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 _ENGINE = ("memory", "backend", "threads", "context")
 _SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
-    "frequency_penalty", "seed", "overflow",
+    "frequency_penalty", "seed",
 )  # fmt: skip
 
 

@@ -98,6 +98,30 @@ def print_facts(facts: Mapping[str, object], indent: str = "") -> None:
             click.echo(f"{indent}{key.ljust(width)}  {humanize(key, value)}")
 
 
+class Percentage:
+    """A percentage on one line of a terminal. Not tqdm: its 9 MB would stay and count against the budget."""
+
+    def __init__(self, label: str, quiet: bool) -> None:
+        self._label = label
+        self._shown = -1
+        self._shows = not quiet and sys.stderr.isatty()
+
+    def show(self, done: int, total: int) -> None:
+        percent = 100 * done // total if total else 100
+        if self._shows and percent != self._shown:
+            self._shown = percent
+            sys.stderr.write(f"\r{self._label}: {percent} %")
+            sys.stderr.flush()
+
+    def __enter__(self) -> Percentage:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._shown >= 0:
+            sys.stderr.write("\r" + " " * (len(self._label) + 7) + "\r")
+            sys.stderr.flush()
+
+
 class PullDisplay:
     """Shows a pull: notices as lines, bytes as a bar; the bar only on a terminal, nothing at all when quiet."""
 

@@ -19,6 +19,7 @@ from edgelm_apps.output import note, print_error
 
 if TYPE_CHECKING:
     from edgelm import Model, Usage
+    from edgelm.chat import Overflow
 
 PROMPT, CONTINUED = ">>> ", "... "
 QUOTES = '"""'
@@ -36,14 +37,14 @@ Ctrl-C stops an answer."""
 class Conversation:
     """One chat with one model, and what the slash commands need to know about it."""
 
-    def __init__(self, model: Model, system: str | None, sampling: dict[str, Any]) -> None:
-        self.model, self.system, self.sampling = model, system, sampling
-        self.chat = model.chat(system=system)
+    def __init__(self, model: Model, system: str | None, overflow: Overflow, sampling: dict[str, Any]) -> None:
+        self.model, self.system, self.overflow, self.sampling = model, system, overflow, sampling
+        self.chat = model.chat(system, overflow=overflow)
         self.usage: Usage | None = None
 
     def restart(self, system: str | None) -> None:
         self.system = system
-        self.chat = self.model.chat(system=system)
+        self.chat = self.model.chat(system, overflow=self.overflow)
 
     def answer(self, text: str) -> None:
         """Stream the answer to stdout; an interrupt stops it and is said so."""
@@ -164,7 +165,7 @@ def respond(conversation: Conversation, text: str) -> bool:
         case "/help":
             click.echo(HELP)
         case "/clear":
-            conversation.restart(conversation.system)
+            conversation.chat.clear()
             note("the conversation is forgotten")
         case "/system" if rest.strip():
             conversation.restart(rest.strip())

@@ -60,12 +60,16 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
         sampling["ignore_eos"] = True
     if given["raw"] and given["system"] is not None:
         raise click.UsageError("--system needs the chat template, and --raw leaves it out: give one of them")
+    if given["raw"] and given["overflow"] is not None:
+        raise click.UsageError("--overflow is about turns of a chat, and --raw has none: give one of them")
     path = find_model(model, offline=offline, quiet=quiet)
-    with open_model(path, engine) as loaded:
+    with open_model(path, engine, quiet=quiet or as_json) as loaded:
         if not quiet and not as_json:
             for line in start_lines(loaded):
                 note(line)
-        rendered, chunks = _answer(loaded, prompt, given["system"], given["raw"], sampling)
+            if not given["raw"] and loaded.template.notice:
+                note(loaded.template.notice)
+        rendered, chunks = _answer(loaded, prompt, given, sampling)
         if show_prompt and not as_json:
             click.echo(rendered, err=True)
         with interruptible(loaded), closing(chunks):
@@ -97,13 +101,13 @@ def _decoded(data: bytes, where: str) -> str:
 
 
 def _answer(
-    model: Model, prompt: str, system: str | None, raw: bool, sampling: dict[str, Any]
+    model: Model, prompt: str, given: dict[str, Any], sampling: dict[str, Any]
 ) -> tuple[str, Generator[Chunk, None, None]]:
     from edgelm_apps.engine import ask, complete
 
-    if raw:
+    if given["raw"]:
         return prompt, complete(model, prompt, sampling)
-    chat = model.chat(system=system)
+    chat = model.chat(given["system"], overflow=given["overflow"] or "error")
     return chat.render(prompt), ask(chat, prompt, sampling)
 
 

