@@ -22,10 +22,14 @@ MIN_SLOT_BYTES, MAX_SLOT_BYTES = 1 * MB, 8 * MB
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What the device was measured to do: bytes a second from flash, and of weights through the kernels."""
+    """What the device was measured to do: bytes a second from flash, and of weights through the kernels.
+
+    `pass_overhead_s`: what a pass of one token takes beside its weights.
+    """
 
     flash_bytes_per_s: float
     compute_bytes_per_s: float
+    pass_overhead_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,5 +234,6 @@ def _finish(
     plan = Plan(budget_bytes, context, demand, units, pinned, slot_bytes, n_slots)
     if rates is None:
         return plan
-    seconds = max(plan.pass_bytes / rates.compute_bytes_per_s, plan.streamed_bytes / rates.flash_bytes_per_s)
+    compute_s = rates.pass_overhead_s + plan.pass_bytes / rates.compute_bytes_per_s
+    seconds = max(compute_s, plan.streamed_bytes / rates.flash_bytes_per_s)
     return Plan(budget_bytes, context, demand, units, pinned, slot_bytes, n_slots, 1 / seconds if seconds else 0.0)

@@ -1,0 +1,269 @@
+"""How fast this device reads and computes, measured in a moment and kept on disk.
+
+Flash is read the way the window reads it; matrices and a small transformer block are computed by the session that
+will run the model. Happens before a model's memory is planned, in little memory that is given back. Plans nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from edgelm.cachedir import cache_dir, read_json, write_json
+from edgelm.engine.backend import Backend, Bindings, CacheGroup, PassShape, Program, Session
+from edgelm.engine.health import identity
+from edgelm.engine.ir import AttendSpec, NormSpec, Op, RopeSpec, Segment, Value, Weight
+from edgelm.engine.machine import digest, machine_key
+from edgelm.files.ggml_types import TensorType, row_bytes
+from edgelm.files.gguf import ModelFile
+from edgelm.memory.buffer import PAGE, Buffer
+from edgelm.memory.plan import Rates
+from edgelm.memory.stores import Store
+from edgelm.memory.window import N_READERS
+from edgelm.sizes import MB, MIB
+
+LIMIT_BYTES = 20 * MB
+"""Memory that measuring may take, unless the caller allows less."""
+KEPT_S = 86_400.0
+"""How long a measurement is believed: it may have been taken in a busy moment."""
+FLASH_BYTES, FLASH_S, REQUEST_BYTES = 48 * MIB, 0.15, 1 * MIB
+COMPUTE_BYTES, COMPUTE_S = 16 * MIB, 0.03
+TRIAL_BYTES = 1 * MIB
+N_TYPES = 4
+"""Tensor types measured, those with the most bytes; the others are taken to be as fast as these."""
+_WIDTH = 2048
+_BLOCKS = 4
+
+
+def measured_rates(
+    backend: Backend,
+    session: Session,
+    store: Store,
+    file: ModelFile,
+    n_threads: int,
+    *,
+    limit_bytes: int = LIMIT_BYTES,
+) -> Rates:
+    """Return what the device does with this model: flash, kernels for its tensor types, and the cost of a pass.
+
+    Takes up to 0.4 s the first time on a machine, later a few milliseconds; at most `limit_bytes` of memory (no
+    less than 5 MB), which is returned to the system. Where the cache folder refuses it measures every time.
+    """
+    shares = _shares(file)
+    kernels = _Kernels(backend, session, n_threads, limit_bytes)
+    seconds_per_byte = sum(share / kernels.bytes_per_s(kind) for kind, share in shares.items())
+    n_matrices = sum(1 for info in file.tensors.values() if info.n_rows > 1)
+    return Rates(
+        flash_bytes_per_s=_flash(store, file),
+        compute_bytes_per_s=1 / seconds_per_byte,
+        pass_overhead_s=kernels.overhead_s() * n_matrices,
+    )
+
+
+def flash_rate(store: Store, file: int, n_bytes: int, start: int = 0) -> float:
+    """Return the bytes a second that `store` delivers to several readers, over at most `FLASH_BYTES` of a file.
+
+    `file`, `n_bytes`: its number in the store and its size; `start`: where to begin.
+    """
+    request = min(REQUEST_BYTES, max(n_bytes - start, 1))
+    offsets = iter(range(start, min(n_bytes, start + FLASH_BYTES + request) - request + 1, request))
+    room = 2 * MIB  # one huge page for each reader, as the window's slots have them
+    lock = threading.Lock()
+    failures: list[BaseException] = []
+    done = 0
+    with Buffer(room * N_READERS, huge=True) as buffer:
+        store.read_into(file, next(offsets, 0), min(request, n_bytes), buffer.view, 0)  # wakes the device
+        began = time.perf_counter()
+
+        def work(place: int) -> None:
+            nonlocal done
+            while not failures and time.perf_counter() - began < FLASH_S:
+                with lock:
+                    offset = next(offsets, None)
+                if offset is None:
+                    return
+                try:
+                    store.read_into(file, offset, request, buffer.view, place)
+                except BaseException as exc:
+                    failures.append(exc)
+                    return
+                with lock:
+                    done += request
+
+        readers = [threading.Thread(target=work, args=(i * room,), daemon=True) for i in range(1, N_READERS)]
+        for reader in readers:
+            reader.start()
+        work(0)
+        for reader in readers:
+            reader.join()
+        elapsed = time.perf_counter() - began
+        if failures:
+            raise failures[0]
+        if not done:  # a file of one request: what was read to wake the device is all there is
+            began = time.perf_counter()
+            store.read_into(file, 0, min(request, n_bytes), buffer.view, 0)
+            done, elapsed = min(request, n_bytes), time.perf_counter() - began
+    return done / max(elapsed, 1e-9)
+
+
+def _flash(store: Store, file: ModelFile) -> float:
+    number = max(range(len(file.file_bytes)), key=file.file_bytes.__getitem__)
+    n_bytes = file.file_bytes[number]
+    path = _place("flash", store.how, _device(file.paths[number]), machine_key())
+    kept = _kept(path).get("bytes_per_s")
+    if kept is not None:
+        return kept
+    start = min(info.offset for info in file.tensors.values() if info.file == number)
+    rate = flash_rate(store, number, n_bytes, start)
+    if n_bytes - start >= FLASH_BYTES // 4:  # less says more about latency than about the device
+        _keep(path, {"bytes_per_s": rate})
+    return rate
+
+
+class _Kernels:
+    """What a session computes a second; measured when it is asked for and not known."""
+
+    def __init__(self, backend: Backend, session: Session, n_threads: int, limit_bytes: int) -> None:
+        self._session, self._limit_bytes = session, limit_bytes
+        self._path = _place("kernels", backend.name, identity(backend), n_threads, machine_key())
+        self._known = _kept(self._path)
+
+    def bytes_per_s(self, kind: TensorType) -> float:
+        return self._get(kind.name, lambda: _matrix_rate(self._session, kind, self._limit_bytes))
+
+    def overhead_s(self) -> float:
+        """Seconds that a matrix costs beside its bytes: starting kernels, and the small operations around it."""
+        return self._get("overhead_s", lambda: _block_s(self._session))
+
+    def _get(self, name: str, measure: Any) -> float:
+        if name not in self._known:
+            self._known[name] = measure()
+            _keep(self._path, self._known)
+        return self._known[name]
+
+
+def _matrix_rate(session: Session, kind: TensorType, limit_bytes: int) -> float:
+    """Bytes a second of products of one row with matrices of this type, from memory rather than from caches."""
+    n_bytes = max(min(COMPUTE_BYTES, limit_bytes - 4 * MIB), TRIAL_BYTES)
+    row = row_bytes(kind, _WIDTH)
+    with Buffer(n_bytes, huge=True) as weights, Buffer(_WIDTH * 4 + n_bytes // row * 4 + PAGE) as state:
+        # every page written once: unwritten ones would all be the same page of zeros, and never leave the cache.
+        # Ones are small, ordinary numbers in every type: no NaN, and as float32 no denormals, which are slow.
+        ctypes.memset(weights.address, 1, n_bytes)
+        (ctypes.c_float * _WIDTH).from_address(state.address)[:] = [1.0] * _WIDTH
+        best = 0.0
+        for size in (TRIAL_BYTES, n_bytes):
+            rows = size // row // 32 * 32
+            weight = Weight("", kind, _WIDTH, rows)
+            values = (Value(_WIDTH, "token"), Value(rows, "token"))
+            segment = Segment((Op("linear", (0,), 1, (weight,)),), values, (0,), (1,), (weight,), 0)
+            program = session.compile(segment, PassShape(1, 1, ()))
+            bound = Bindings((state.address,), (state.address + _WIDTH * 4,), (weights.address,), (), (), 0, 0, (), ())
+            seconds = _best_s(program, bound)
+            del program
+            best = rows * row / seconds
+            if n_bytes / best > COMPUTE_S:  # a slow kernel: caches play no part
+                break
+    return best
+
+
+def _block_s(session: Session) -> float:
+    """Seconds of a transformer block with matrices too small to count, for each of its seven matrices."""
+    heads, head_dim, width, hidden, places = 8, 64, 32, 1024, 256
+    wide = heads * head_dim
+    norm, rope = NormSpec(1e-5), RopeSpec(heads, head_dim, True, 10_000.0)
+    ops: list[Op] = []
+    widths = [width]
+
+    def add(kind: str, *inputs: int, out: int, weight: Weight | None = None, params: Any = None) -> int:
+        widths.append(out)
+        ops.append(Op(kind, inputs, len(widths) - 1, (weight,) if weight else (), params))
+        return len(widths) - 1
+
+    def linear(x: int, rows: int) -> int:
+        return add("linear", x, out=rows, weight=Weight("", TensorType.F16, widths[x], rows))
+
+    x = 0
+    for layer in range(_BLOCKS):
+        scale = Weight("", TensorType.F32, width, 1)
+        h = add("rms_norm", x, out=width, weight=scale, params=norm)
+        q, k, v = linear(h, wide), linear(h, wide), linear(h, wide)
+        q, k = (add("rope", y, out=wide, params=rope) for y in (q, k))
+        spec = AttendSpec(layer, heads, heads, head_dim, head_dim, head_dim**-0.5)
+        x = add("add", x, linear(add("attend", q, k, v, out=wide, params=spec), width), out=width)
+        h = add("rms_norm", x, out=width, weight=scale, params=norm)
+        h = add("gate", linear(h, hidden), linear(h, hidden), out=hidden, params="silu")
+        x = add("add", x, linear(h, width), out=width)
+    weights = tuple(weight for op in ops for weight in op.weights)
+    values = tuple(Value(n, "token") for n in widths)
+    segment = Segment(tuple(ops), values, (0,), (x,), weights, _BLOCKS)
+    cache_bytes = wide * places * 2
+    with Buffer(2 * cache_bytes + hidden * width * 2 + 4 * PAGE) as memory:
+        small = memory.address  # zeros: input, output, positions and masks
+        keys, matrix = small + 4 * PAGE, small + 4 * PAGE + 2 * cache_bytes
+        bound = Bindings(
+            inputs=(small,),
+            outputs=(small + PAGE,),
+            weights=(matrix,) * len(weights),
+            keys=(keys,) * _BLOCKS,
+            values=(keys + cache_bytes,) * _BLOCKS,
+            positions=small + 2 * PAGE,
+            out_rows=small + 2 * PAGE,
+            places=(small + 2 * PAGE,),
+            masks=(small + 3 * PAGE,),
+        )
+        program = session.compile(segment, PassShape(1, 1, (CacheGroup(places, places),)))
+        seconds = _best_s(program, bound)
+        del program
+    return seconds / (7 * _BLOCKS)
+
+
+def _best_s(program: Program, bound: Bindings) -> float:
+    best, began, n_runs = float("inf"), time.perf_counter(), 0
+    # the first run pays for pages and threads that wake up
+    while n_runs < 3 or (n_runs < 40 and time.perf_counter() - began < COMPUTE_S):
+        start = time.perf_counter()
+        program.run(bound)
+        best = min(best, time.perf_counter() - start)
+        n_runs += 1
+    return best
+
+
+def _shares(file: ModelFile) -> dict[TensorType, float]:
+    """Return the types of most of the weights of a pass and their shares of its bytes."""
+    sizes: Counter[TensorType] = Counter()
+    for info in file.tensors.values():
+        # of an embedding that is not the output head too, a pass takes single rows
+        if info.n_rows > 1 and not (info.name == "token_embd.weight" and "output.weight" in file.tensors):
+            sizes[info.type] += info.n_bytes
+    largest = sizes.most_common(N_TYPES)
+    total = sum(n_bytes for _, n_bytes in largest)
+    return {kind: n_bytes / total for kind, n_bytes in largest}
+
+
+def _device(path: Path) -> str:
+    with suppress(OSError):
+        return str(os.stat(path).st_dev)
+    return str(path)  # a store of its own kind, with files that the system does not know
+
+
+def _place(what: str, *facts: object) -> Path:
+    return cache_dir() / "rates" / f"{what}-{digest(*facts)}.json"
+
+
+def _kept(path: Path) -> dict[str, float]:
+    found = read_json(path) or {}
+    with suppress(KeyError, TypeError, ValueError):
+        if 0 <= time.time() - float(found["measured_at_s"]) < KEPT_S:
+            return {str(name): float(value) for name, value in found["rates"].items() if float(value) > 0}
+    return {}
+
+
+def _keep(path: Path, rates: dict[str, float]) -> None:
+    write_json(path, {"measured_at_s": time.time(), "rates": rates})
