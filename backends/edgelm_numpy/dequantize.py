@@ -1,13 +1,14 @@
 """The weights of ggml's tensor types as float32, bit for bit what ggml itself makes of them.
 
-Knows the layout of every block; knows no file, no matrix product and no threads. Integers are unpacked as bytes and
-turned into floats once, so that temporaries stay at `TEMPORARY_BYTES` per weight.
+Knows the layout of every block; knows no file, no matrix product and no threads. A quantized block is first taken
+apart into small integers, scales and offsets; temporaries stay at `TEMPORARY_BYTES` per weight.
 Layouts: `ggml-common.h`; arithmetic: `dequantize_row_*` of `ggml-quants.c` in llama.cpp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from edgelm.files.ggml_types import TensorType
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-Decoder = Callable[[Bytes, Floats], None]
 
 TEMPORARY_BYTES = 4
 """Bytes per weight that `dequantize` needs at most for a moment, besides its output."""
@@ -28,75 +28,95 @@ _FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 _POWERS_OF_3 = np.array([[1], [3], [9], [27], [81]], np.uint8)
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Quantized weights taken apart: weight = code * scale + offset, with one scale and offset for each group.
+
+    `codes` are 8-bit integers [rows, blocks, weights of a block]; `scales` and `offsets` are float32
+    [rows, blocks, groups of a block]. Without `offsets` they are zero.
+    """
+
+    codes: NDArray[Any]
+    scales: Floats
+    offsets: Floats | None = None
+
+
 def dequantize(kind: TensorType, raw: Bytes, out: Floats | None = None) -> Floats:
     """Return the weights of `raw` (uint8 [rows, bytes of a row]) as float32 [rows, width], in `out` if it is given.
 
     Raises `UnsupportedModel` for a type that has no decoder (see `TYPES`).
     """
-    decoder = _DECODERS.get(kind)
-    if decoder is None:
-        raise UnsupportedModel(f"the numpy backend cannot read {kind.name} weights; use another quantization")
-    rows, n_blocks = raw.shape[0], raw.shape[1] // kind.block_bytes
     if out is None:
-        out = np.empty((rows, n_blocks * kind.block_size), np.float32)
+        out = np.empty((raw.shape[0], raw.shape[1] // kind.block_bytes * kind.block_size), np.float32)
+    if kind not in _QUANTIZED:
+        _widen(kind, raw, out)
+        return out
+    parts = take_apart(kind, raw)
+    out.reshape(parts.codes.shape)[...] = parts.codes
+    groups = out.reshape(*parts.scales.shape, -1)
     with np.errstate(invalid="ignore", over="ignore"):  # a scale may be infinite: that is the file's affair
-        decoder(raw.reshape(rows, n_blocks, kind.block_bytes), out.reshape(rows, n_blocks, kind.block_size))
+        groups *= parts.scales[..., None]
+        if parts.offsets is not None:
+            groups += parts.offsets[..., None]
     return out
 
 
-def _f32(blocks: Bytes, out: Floats) -> None:
-    out[...] = blocks.view(np.float32)
+def take_apart(kind: TensorType, raw: Bytes) -> Parts:
+    """Return the integers and scales of quantized weights, `raw` being uint8 [rows, bytes of a row]."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _QUANTIZED[kind](raw.reshape(len(raw), -1, kind.block_bytes))
 
 
-def _f16(blocks: Bytes, out: Floats) -> None:
-    out[...] = blocks.view(np.float16)
+def _widen(kind: TensorType, raw: Bytes, out: Floats) -> None:
+    if kind is TensorType.F32:
+        out[...] = raw.view(np.float32)
+    elif kind is TensorType.F16:
+        out[...] = raw.view(np.float16)
+    elif kind is TensorType.BF16:
+        bits = out.view(np.uint32)
+        bits[...] = raw.view(np.uint16)
+        bits <<= 16
+    else:
+        raise UnsupportedModel(f"the numpy backend cannot read {kind.name} weights; use another quantization")
 
 
-def _bf16(blocks: Bytes, out: Floats) -> None:
-    bits = out.view(np.uint32)
-    bits[...] = blocks.view(np.uint16)
-    bits <<= 16
-
-
-def _q1_0(blocks: Bytes, out: Floats) -> None:
+def _q1_0(blocks: Bytes) -> Parts:
     q = _planes(_cut(blocks, 2, 18), 1, 1)
     q <<= 1
-    _scaled(_signed(q, 1), _half(blocks, 0), out)
+    return Parts(_signed(q, 1), _half(blocks, 0))
 
 
-def _q2_0(blocks: Bytes, out: Floats) -> None:
-    _scaled(_signed(_planes(_cut(blocks, 2, 18), 1, 2), 1), _half(blocks, 0), out)
+def _q2_0(blocks: Bytes) -> Parts:
+    return Parts(_signed(_planes(_cut(blocks, 2, 18), 1, 2), 1), _half(blocks, 0))
 
 
-def _q4_0(blocks: Bytes, out: Floats) -> None:
-    _scaled(_signed(_planes(_cut(blocks, 2, 18), 16, 4), 8), _half(blocks, 0), out)
+def _q4_0(blocks: Bytes) -> Parts:
+    return Parts(_signed(_planes(_cut(blocks, 2, 18), 16, 4), 8), _half(blocks, 0))
 
 
-def _q4_1(blocks: Bytes, out: Floats) -> None:
-    _scaled(_planes(_cut(blocks, 4, 20), 16, 4), _half(blocks, 0), out)
-    out += _half(blocks, 2)
+def _q4_1(blocks: Bytes) -> Parts:
+    return Parts(_planes(_cut(blocks, 4, 20), 16, 4), _half(blocks, 0), _half(blocks, 2))
 
 
-def _q5_0(blocks: Bytes, out: Floats) -> None:
-    _scaled(_signed(_five_bits(blocks, 2), 16), _half(blocks, 0), out)
+def _q5_0(blocks: Bytes) -> Parts:
+    return Parts(_signed(_five_bits(blocks, 2), 16), _half(blocks, 0))
 
 
-def _q5_1(blocks: Bytes, out: Floats) -> None:
-    _scaled(_five_bits(blocks, 4), _half(blocks, 0), out)
-    out += _half(blocks, 2)
+def _q5_1(blocks: Bytes) -> Parts:
+    return Parts(_five_bits(blocks, 4), _half(blocks, 0), _half(blocks, 2))
 
 
-def _q8_0(blocks: Bytes, out: Floats) -> None:
-    _scaled(_cut(blocks, 2, 34).view(np.int8), _half(blocks, 0), out)
+def _q8_0(blocks: Bytes) -> Parts:
+    return Parts(_cut(blocks, 2, 34).view(np.int8), _half(blocks, 0))
 
 
-def _q2_k(blocks: Bytes, out: Floats) -> None:
-    scales, fine = blocks[..., :16], _by(out, 16)
-    _scaled(_by(_planes(_cut(blocks, 16, 80), 32, 2), 16), (_half(blocks, 80) * (scales & 15))[..., None], fine)
-    fine -= (_half(blocks, 82) * (scales >> 4))[..., None]
+def _q2_k(blocks: Bytes) -> Parts:
+    scales = blocks[..., :16]
+    codes = _planes(_cut(blocks, 16, 80), 32, 2)
+    return Parts(codes, _half(blocks, 80) * (scales & 15), -_half(blocks, 82) * (scales >> 4))
 
 
-def _q3_k(blocks: Bytes, out: Floats) -> None:
+def _q3_k(blocks: Bytes) -> Parts:
     # The third bit of weight 32 g + l is bit g of byte l of the mask; a 0 there takes 4 off.
     q = _planes(_cut(blocks, 32, 96), 32, 2)
     top = _planes(_cut(blocks, 0, 32), 32, 1)
@@ -106,76 +126,73 @@ def _q3_k(blocks: Bytes, out: Floats) -> None:
     top = _planes(_cut(blocks, 104, 108), 4, 2)
     top <<= 4
     scales |= top
-    d = _half(blocks, 108) * _signed(scales, 32)
-    _scaled(_by(_signed(q, 4), 16), d[..., None], _by(out, 16))
+    return Parts(_signed(q, 4), _half(blocks, 108) * _signed(scales, 32))
 
 
-def _q4_k(blocks: Bytes, out: Floats) -> None:
-    _scaled_with_minimum(_planes(_cut(blocks, 16, 144), 32, 4), blocks, out)
+def _q4_k(blocks: Bytes) -> Parts:
+    return Parts(_planes(_cut(blocks, 16, 144), 32, 4), *_scales_and_offsets(blocks))
 
 
-def _q5_k(blocks: Bytes, out: Floats) -> None:
+def _q5_k(blocks: Bytes) -> Parts:
     q = _planes(_cut(blocks, 48, 176), 32, 4)
     top = _planes(_cut(blocks, 16, 48), 32, 1)
     top <<= 4
     q |= top
-    _scaled_with_minimum(q, blocks, out)
+    return Parts(q, *_scales_and_offsets(blocks))
 
 
-def _q6_k(blocks: Bytes, out: Floats) -> None:
+def _q6_k(blocks: Bytes) -> Parts:
     q = _planes(_cut(blocks, 0, 128), 64, 4)
     top = _planes(_cut(blocks, 128, 192), 32, 2)
     top <<= 4
     q |= top
-    scales = _half(blocks, 208) * blocks[..., 192:208].view(np.int8)
-    _scaled(_by(_signed(q, 32), 16), scales[..., None], _by(out, 16))
+    return Parts(_signed(q, 32), _half(blocks, 208) * blocks[..., 192:208].view(np.int8))
 
 
-def _iq4_nl(blocks: Bytes, out: Floats) -> None:
-    _scaled(_looked_up(_planes(_cut(blocks, 2, 18), 16, 4), _IQ4), _half(blocks, 0), out)
+def _iq4_nl(blocks: Bytes) -> Parts:
+    return Parts(_looked_up(_planes(_cut(blocks, 2, 18), 16, 4), _IQ4), _half(blocks, 0))
 
 
-def _iq4_xs(blocks: Bytes, out: Floats) -> None:
+def _iq4_xs(blocks: Bytes) -> Parts:
     scales = _planes(_cut(blocks, 4, 8), 1, 4)
     top = _planes(_cut(blocks, 2, 4), 1, 2)
     top <<= 4
     scales |= top
-    d = _half(blocks, 0) * _signed(scales, 32)
-    _scaled(_by(_looked_up(_planes(_cut(blocks, 8, 136), 16, 4), _IQ4), 32), d[..., None], _by(out, 32))
+    codes = _looked_up(_planes(_cut(blocks, 8, 136), 16, 4), _IQ4)
+    return Parts(codes, _half(blocks, 0) * _signed(scales, 32))
 
 
-def _tq1_0(blocks: Bytes, out: Floats) -> None:
+def _tq1_0(blocks: Bytes) -> Parts:
     # Five ternary digits to a byte, as a fraction of 256: times 3^n modulo 256 brings digit n to the front.
+    codes = np.empty((*blocks.shape[:2], 256), np.uint8)
     at = 0
     for start, stop, n_digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
         digits = blocks[..., None, start:stop] * _POWERS_OF_3[:n_digits]
         wide = digits.reshape(*blocks.shape[:2], -1) * np.uint16(3)
         wide >>= 8
-        out[..., at : at + wide.shape[-1]] = wide
+        codes[..., at : at + wide.shape[-1]] = wide
         at += wide.shape[-1]
-    out -= 1
-    out *= _half(blocks, 52)
+    return Parts(_signed(codes, 1), _half(blocks, 52))
 
 
-def _tq2_0(blocks: Bytes, out: Floats) -> None:
-    _scaled(_signed(_planes(_cut(blocks, 0, 64), 32, 2), 1), _half(blocks, 64), out)
+def _tq2_0(blocks: Bytes) -> Parts:
+    return Parts(_signed(_planes(_cut(blocks, 0, 64), 32, 2), 1), _half(blocks, 64))
 
 
-def _mxfp4(blocks: Bytes, out: Floats) -> None:
+def _mxfp4(blocks: Bytes) -> Parts:
     # The scale is 2^(e - 128); e < 2 gives the two subnormal numbers below 2^-126.
     exponent = blocks[..., :1].astype(np.uint32)
     bits = np.where(exponent < 2, np.uint32(0x00200000) << exponent, (exponent - np.uint32(1)) << np.uint32(23))
-    _scaled(_looked_up(_planes(_cut(blocks, 1, 17), 16, 4), _FP4), bits.view(np.float32), out)
+    return Parts(_looked_up(_planes(_cut(blocks, 1, 17), 16, 4), _FP4), bits.view(np.float32))
 
 
-def _nvfp4(blocks: Bytes, out: Floats) -> None:
+def _nvfp4(blocks: Bytes) -> Parts:
     # Scales are unsigned E4M3 numbers, halved because the table holds doubled values; 0x7f stands for 0.
     code = blocks[..., :4]
     exponent, fraction = ((code >> 3) & 15).astype(np.int32), (code & 7).astype(np.float32)
     scales = np.where(exponent == 0, np.ldexp(fraction, -10), np.ldexp(1 + fraction / 8, exponent - 8))
     scales[code == 0x7F] = 0
-    q = _looked_up(_planes(_cut(blocks, 4, 36), 8, 4), _FP4)
-    _scaled(_by(q, 16), scales.astype(np.float32)[..., None], _by(out, 16))
+    return Parts(_looked_up(_planes(_cut(blocks, 4, 36), 8, 4), _FP4), scales.astype(np.float32))
 
 
 def _half(blocks: Bytes, at: int) -> Floats:
@@ -213,12 +230,7 @@ def _five_bits(blocks: Bytes, at: int) -> Bytes:
     return q
 
 
-def _scaled(q: NDArray[Any], scale: Floats, out: Floats) -> None:
-    out[...] = q
-    out *= scale
-
-
-def _scaled_with_minimum(q: Bytes, blocks: Bytes, out: Floats) -> None:
+def _scales_and_offsets(blocks: Bytes) -> tuple[Floats, Floats]:
     """Q4_K and Q5_K: eight 6-bit scales and eight 6-bit minima are packed into 12 bytes."""
     # Four at a time as one word, so that NumPy's loops are long; bytes keep their order whatever the machine's is.
     words = _cut(blocks, 4, 16).view(np.uint32)
@@ -226,9 +238,7 @@ def _scaled_with_minimum(q: Bytes, blocks: Bytes, out: Floats) -> None:
     six, four, two = np.uint32(0x3F3F3F3F), np.uint32(0x0F0F0F0F), np.uint32(0x03030303)
     scales = np.stack((a & six, c & four | (a >> 6 & two) << 4), axis=-1).view(np.uint8)
     minima = np.stack((b & six, c >> 4 & four | (b >> 6 & two) << 4), axis=-1).view(np.uint8)
-    fine = _by(out, 32)
-    _scaled(_by(q, 32), (_half(blocks, 0) * scales)[..., None], fine)
-    fine -= (_half(blocks, 2) * minima)[..., None]
+    return _half(blocks, 0) * scales, -_half(blocks, 2) * minima
 
 
 def _looked_up(codes: Bytes, table: tuple[int, ...]) -> NDArray[np.int8]:
@@ -243,15 +253,7 @@ def _signed(q: Bytes, zero: int) -> NDArray[np.int8]:
     return q.view(np.int8)
 
 
-def _by(array: NDArray[Any], n: int) -> NDArray[Any]:
-    """Split the last axis into groups of `n`."""
-    return array.reshape(*array.shape[:2], -1, n)
-
-
-_DECODERS: dict[TensorType, Decoder] = {
-    TensorType.F32: _f32,
-    TensorType.F16: _f16,
-    TensorType.BF16: _bf16,
+_QUANTIZED: dict[TensorType, Callable[[Bytes], Parts]] = {
     TensorType.Q1_0: _q1_0,
     TensorType.Q2_0: _q2_0,
     TensorType.Q4_0: _q4_0,
@@ -272,5 +274,7 @@ _DECODERS: dict[TensorType, Decoder] = {
     TensorType.NVFP4: _nvfp4,
 }
 
-TYPES = frozenset(_DECODERS)
+QUANTIZED = frozenset(_QUANTIZED)
+"""The tensor types that `take_apart` reads."""
+TYPES = QUANTIZED | {TensorType.F32, TensorType.F16, TensorType.BF16}
 """The tensor types that `dequantize` reads."""
