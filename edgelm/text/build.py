@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edgelm.errors import UnsupportedModel
 from edgelm.text import special
+from edgelm.text.hashing import Hashes, SubstringHashes
 from edgelm.text.pretokenize import PreTokenizer, pre_tokenizer
 from edgelm.text.tables import (
     BIGRAM_BITS,
@@ -36,8 +37,12 @@ _CHUNK = 8192
 
 
 class Strings(Protocol):
-    """What is asked of a string array in the metadata."""
+    """What is asked of a string array in the metadata: string `i` is `data[offsets[i]:offsets[i + 1]]`."""
 
+    @property
+    def data(self) -> bytes | bytearray: ...
+    @property
+    def offsets(self) -> npt.NDArray[np.uint32]: ...
     def __len__(self) -> int: ...
     def iter_raw(self) -> Iterator[bytes]: ...
 
@@ -130,6 +135,16 @@ class _Texts:
         self._offsets.append(len(self._blob))
         self._hashes.append(zlib.crc32(text))
 
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def chunks(self) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """Yield the texts in turn, some thousand at a time: their bytes, and where in them each starts and ends."""
+        for first in range(0, len(self), _CHUNK):
+            bounds = np.array(self._offsets[first : first + _CHUNK + 1], dtype=np.int64)
+            data = np.frombuffer(bytes(self._blob[bounds[0] : bounds[-1]]), dtype=np.uint8)
+            yield data, bounds[:-1] - bounds[0], bounds[1:] - bounds[0]
+
     def sections(self) -> dict[str, tuple[str, Any]]:
         starts, order = _buckets(np.frombuffer(self._hashes, dtype=np.uint32))
         return {
@@ -170,30 +185,69 @@ def _pairs(metadata: Mapping[str, Any], texts: _Texts, bigrams: _Bigrams | None)
     merges: Strings | None = metadata.get("tokenizer.ggml.merges")
     if merges is None:
         raise UnsupportedModel("the file holds no merges (tokenizer.ggml.merges); convert the model again")
-    find = texts.lookup().find
-    extra: dict[bytes, int] = {}
-    n_known = len(texts._hashes)
-
-    def id_of(text: bytes) -> int:
-        known = find(text)
-        if known >= 0:
-            return known
-        if text not in extra:
-            extra[text] = n_known + len(extra)
-        return extra[text]
-
-    keys, values = array("Q"), array("Q")
-    for rank, merge in enumerate(merges.iter_raw()):
-        space = merge.find(b" ", 1)
-        if space > 0:
-            left, right = merge[:space], merge[space + 1 :]
-            keys.append(id_of(left) << 32 | id_of(right))
-            values.append(rank << 32 | id_of(left + right))
-    for text in extra:
+    id_of = _IdsByHash(texts)
+    keys, values = np.zeros(len(merges), dtype=np.uint64), np.zeros(len(merges), dtype=np.uint64)
+    extra: dict[int, bytes] = {}  # strings that are no token, by their hash
+    n_known, n_pairs = len(texts), 0
+    for first in range(0, len(merges), _CHUNK):
+        part = _MergeChunk(merges, first, min(first + _CHUNK, len(merges)))
+        ids = [id_of(hashes) for hashes in part.hashes]
+        for which in range(3):
+            for at in np.flatnonzero(ids[which] < 0).tolist():
+                extra.setdefault(int(part.hashes[which][at]), part.text(at, which))
+        if extra:
+            numbers = {text_hash: n_known + number for number, text_hash in enumerate(extra)}
+            for which in range(3):
+                for at in np.flatnonzero(ids[which] < 0).tolist():
+                    ids[which][at] = numbers[int(part.hashes[which][at])]
+        left, right, joined = (which.astype(np.uint64) for which in ids)
+        done = slice(n_pairs, n_pairs + len(left))
+        keys[done] = left << np.uint64(32) | right
+        values[done] = part.ranks.astype(np.uint64) << np.uint64(32) | joined
+        n_pairs += len(left)
+    for text in extra.values():
         texts.append(text)
         if bigrams is not None:
             bigrams.add(text)
-    return _pair_sections(np.frombuffer(keys, dtype=np.uint64), np.frombuffer(values, dtype=np.uint64))
+    return _pair_sections(keys[:n_pairs], values[:n_pairs])
+
+
+class _MergeChunk:
+    """The hashes of the left, right and joined texts of some merges; those without two texts are left out."""
+
+    def __init__(self, merges: Strings, first: int, last: int) -> None:
+        bounds = np.asarray(merges.offsets[first : last + 1], dtype=np.int64)
+        self._data = bytes(memoryview(merges.data)[int(bounds[0]) : int(bounds[-1])])
+        bounds = bounds - bounds[0]
+        data = np.frombuffer(self._data, dtype=np.uint8)
+        spaces = np.append(np.flatnonzero(data == 0x20), len(data))
+        split = spaces[np.searchsorted(spaces, bounds[:-1] + 1).clip(max=len(spaces) - 1)]
+        kept = np.flatnonzero(split < bounds[1:])
+        self.ranks = kept + first
+        self._starts, self._split, self._ends = bounds[:-1][kept], split[kept], bounds[1:][kept]
+        hashed = SubstringHashes(data)
+        left, right = hashed.of(self._starts, self._split), hashed.of(self._split + 1, self._ends)
+        self.hashes = (left, right, hashed.joined(left, right, self._split - self._starts))
+
+    def text(self, at: int, which: int) -> bytes:
+        """Return the left (0), right (1) or joined (2) text of the merge `at`."""
+        start, split, end = int(self._starts[at]), int(self._split[at]), int(self._ends[at])
+        left, right = self._data[start:split], self._data[split + 1 : end]
+        return (left, right, left + right)[which]
+
+
+class _IdsByHash:
+    """Finds tokens by the hashes of their texts; of equal texts, the last."""
+
+    def __init__(self, texts: _Texts) -> None:
+        hashes = np.concatenate([SubstringHashes(data).of(starts, ends) for data, starts, ends in texts.chunks()])
+        self._order = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._order]
+
+    def __call__(self, hashes: Hashes) -> npt.NDArray[np.int64]:
+        at = np.searchsorted(self._hashes, hashes, side="right") - 1
+        found = (at >= 0) & (self._hashes[at] == hashes)
+        return np.where(found, self._order[at], -1)
 
 
 def _pair_sections(keys: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]) -> dict[str, tuple[str, Any]]:

@@ -162,6 +162,22 @@ def _group_digits(views: _Views, ends: list[int]) -> list[int]:
     return cut
 
 
+_ASCII_NUMBER = re.compile(rb"[0-9]+")
+
+
+def _cut_before_threes(views: _Views, ends: list[int]) -> list[int]:
+    """Cut where a multiple of three digits is left of a number."""
+    cut: list[int] = []
+    start = 0
+    for end in ends:
+        for match in _ASCII_NUMBER.finditer(views.classes, start, end):
+            first, last = match.span()
+            cut.extend(at for at in range(first + (last - first) % 3, last, 3) if at > start)
+        cut.append(end)
+        start = end
+    return cut
+
+
 _LINES = _by_class(r"[^\n]+|\n+")
 _DIGIT, _GPT2_STAGE = _by_class(f"[{_N}]"), _by_class(_GPT2)
 _THREE_DIGITS, _UP_TO_THREE = _by_class("[0-9]{3}"), _by_class(f"[{_N}]{{1,3}}")
@@ -221,7 +237,7 @@ _STAGES_OF_NAMES: tuple[tuple[str, Sequence[Stage]], ...] = (
             _BREAK,
             _by_text(_CASED_LETTERS),
             _by_text(_DEEPSEEK_MARKS),
-            _by_text(r"\s+\Z"),
+            _by_text(r"(?<!\s)\s+\Z"),  # the lookbehind changes no match, only the time
             _by_text(_CJK_HANGUL),
             _by_class(f"[{_N}]+"),
         ),
@@ -244,7 +260,7 @@ _STAGES_OF_NAMES: tuple[tuple[str, Sequence[Stage]], ...] = (
     ("gpt-4o llama4 kanana2 talkie minimax-m2", _GPT4O_STAGES),
     ("granite-embed-multi-97m", (_by_class(_GRANITE_EMB),)),
     ("tiny_aya cohere2moe", _TINY_AYA_STAGES),
-    ("superbpe", (_by_class(f"[{_N}]+"), _by_class(r"(?=(?:[0-9]{3})+(?![0-9]))"))),
+    ("superbpe", (_by_class(f"[{_N}]+"), _cut_before_threes)),
     ("bailingmoe bailingmoe2 llada-moe", (_by_class(_BAILING),)),
     ("seed-coder", (_by_class(_SEED),)),
     ("exaone-moe", (_by_class(_EXAONE_MOE),)),
