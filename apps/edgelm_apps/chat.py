@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from edgelm_apps.options import (
     sampling_options,
     sampling_values,
 )
+
+if TYPE_CHECKING:
+    from edgelm.chat import Overflow
 
 
 @click.command()
@@ -36,7 +39,7 @@ def chat(model: str | None, system: str | None, quiet: bool, offline: bool, **gi
     from edgelm_apps.repl import Conversation, lines_from_stdin, talk
     from edgelm_models.catalogue import DEFAULT_MODEL
 
-    overflow = given.pop("overflow") or "error"
+    overflow: Overflow = given.pop("overflow") or "error"
     path = find_model(model or DEFAULT_MODEL, offline=offline, quiet=quiet)
     with open_model(path, engine_values(given), quiet=quiet) as loaded:
         if not quiet:

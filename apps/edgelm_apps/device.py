@@ -31,13 +31,14 @@ def backends(as_json: bool) -> None:
 
 
 @click.command()
+@click.option("--recheck", is_flag=True, help="Try every backend again, whatever came of it before.")
 @json_option
-def doctor(as_json: bool) -> None:
+def doctor(recheck: bool, as_json: bool) -> None:
     """Describe this device: cores, memory, flash speed."""
     import edgelm
     from edgelm_apps.output import plain, print_facts, print_json
 
-    facts = plain(edgelm.doctor())
+    facts = plain(edgelm.doctor(recheck=recheck))
     if as_json:
         print_json(facts)
     else:

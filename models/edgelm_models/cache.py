@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelm.cachedir import cache_dir as cache_dir  # also for callers of this module
-from edgelm.errors import DownloadError, ModelNotFound
+from edgelm.errors import DownloadError, EdgeLMError, ModelNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,9 +120,7 @@ def remove(name: str) -> int:
         model = _read_manifest(folder)
         freed = _tree_bytes(folder) + _tree_bytes(downloads)
         if model is not None:
-            derived = cache_dir() / "tokenizers" / model.sha256
-            freed += _tree_bytes(derived)
-            shutil.rmtree(derived, ignore_errors=True)
+            freed += _remove_derived(model)
         # The manifest goes first: what remains after a kill is not a model.
         (folder / MANIFEST).unlink(missing_ok=True)
         for tree in (folder, downloads):
@@ -169,6 +167,22 @@ def _read_manifest(folder: Path) -> CachedModel | None:
         return CachedModel(**fields)
     except (OSError, ValueError, TypeError, KeyError):
         return None  # no manifest that this version can read: not registered, and a pull replaces it
+
+
+def _remove_derived(model: CachedModel) -> int:
+    """Delete the tokenizer tables that were made from the model's header."""
+    from edgelm.files.gguf import open_model
+    from edgelm.text.cache import default_folder
+
+    try:
+        key = open_model(model.file).fingerprint
+    except EdgeLMError:
+        return 0  # what cannot be read left no tables
+    freed = 0
+    for tables in default_folder().glob(f"{key}-*.tables"):
+        freed += tables.stat().st_size
+        tables.unlink()
+    return freed
 
 
 def _remove_shared(model: CachedModel) -> int:

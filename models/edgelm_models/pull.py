@@ -5,7 +5,6 @@ Decides which; the sources fetch, the cache registers.
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 from pathlib import Path
@@ -134,6 +133,8 @@ def _fresh_stage(name: str) -> Path:
 
 
 def _unknown(model: str) -> ModelNotFound:
+    import difflib  # 15 ms that only a mistyped name should cost
+
     names = sorted({*CATALOGUE, *(cached.name for cached in cache.cached_models())})
     near = difflib.get_close_matches(model.lower(), names, n=3, cutoff=0.5)
     near = near or [name for name in names if model.lower() in name.lower()]

@@ -147,7 +147,7 @@ def backends() -> list[FakeReport]:
     ]
 
 
-def doctor() -> dict[str, Any]:
+def doctor(*, recheck: bool = False) -> dict[str, Any]:
     return {"cores": 2, "available_bytes": 4 * 10**9, "flash": {"read_bytes_per_s": 1.5e9, "direct": True}}
 
 

