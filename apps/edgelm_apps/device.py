@@ -41,8 +41,11 @@ def doctor(recheck: bool, as_json: bool) -> None:
     facts = plain(edgelm.doctor(recheck=recheck))
     if as_json:
         print_json(facts)
-    else:
-        print_facts(facts)
+        return
+    warnings = facts.pop("warnings", [])
+    print_facts(facts)
+    for warning in warnings:
+        click.echo(f"warning: {warning}")
 
 
 def _capabilities(capabilities: object, humanize: object) -> str:

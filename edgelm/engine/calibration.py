@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from edgelm.sizes import MB, MIB
 LIMIT_BYTES = 20 * MB
 """Memory that measuring may take, unless the caller allows less."""
 KEPT_S = 86_400.0
-"""How long a measurement is believed: it may have been taken in a busy moment."""
+"""How long a measurement is believed: drives fill up, processors get hot, machines get other work."""
+STEADY = 1.3
+"""How far the three best repeats may lie apart, as a ratio, for a measurement to be kept."""
 FLASH_BYTES, FLASH_S, REQUEST_BYTES = 48 * MIB, 0.15, 1 * MIB
 COMPUTE_BYTES, COMPUTE_S = 16 * MIB, 0.03
 TRIAL_BYTES = 1 * MIB
@@ -53,7 +56,8 @@ def measured_rates(
     """Return what the device does with this model: flash, kernels for its tensor types, and the cost of a pass.
 
     Takes up to 0.4 s the first time on a machine, later a few milliseconds; at most `limit_bytes` of memory (no
-    less than 5 MB), which is returned to the system. Where the cache folder refuses it measures every time.
+    less than 5 MB), which is returned to the system. Measures again every time where the cache folder refuses, or
+    where the machine was too busy for repeats to agree.
     """
     shares = _shares(file)
     kernels = _Kernels(backend, session, n_threads, limit_bytes)
@@ -141,15 +145,21 @@ class _Kernels:
         """Seconds that a matrix costs beside its bytes: starting kernels, and the small operations around it."""
         return self._get("overhead_s", lambda: _block_s(self._session))
 
-    def _get(self, name: str, measure: Any) -> float:
-        if name not in self._known:
-            self._known[name] = measure()
+    def _get(self, name: str, measure: Callable[[], tuple[float, bool]]) -> float:
+        if name in self._known:
+            return self._known[name]
+        value, steady = measure()
+        if steady:
+            self._known[name] = value
             _keep(self._path, self._known)
-        return self._known[name]
+        return value
 
 
-def _matrix_rate(session: Session, kind: TensorType, limit_bytes: int) -> float:
-    """Bytes a second of products of one row with matrices of this type, from memory rather than from caches."""
+def _matrix_rate(session: Session, kind: TensorType, limit_bytes: int) -> tuple[float, bool]:
+    """Bytes a second of products of one row with matrices of this type, from memory rather than from caches.
+
+    Also says whether the repeats agree: on a busy machine threads wait for each other for whole time slices.
+    """
     n_bytes = max(min(COMPUTE_BYTES, limit_bytes - 4 * MIB), TRIAL_BYTES)
     row = row_bytes(kind, _WIDTH)
     with Buffer(n_bytes, huge=True) as weights, Buffer(_WIDTH * 4 + n_bytes // row * 4 + PAGE) as state:
@@ -157,7 +167,7 @@ def _matrix_rate(session: Session, kind: TensorType, limit_bytes: int) -> float:
         # Ones are small, ordinary numbers in every type: no NaN, and as float32 no denormals, which are slow.
         ctypes.memset(weights.address, 1, n_bytes)
         (ctypes.c_float * _WIDTH).from_address(state.address)[:] = [1.0] * _WIDTH
-        best = 0.0
+        best, steady = 0.0, False
         for size in (TRIAL_BYTES, n_bytes):
             rows = size // row // 32 * 32
             weight = Weight("", kind, _WIDTH, rows)
@@ -165,15 +175,15 @@ def _matrix_rate(session: Session, kind: TensorType, limit_bytes: int) -> float:
             segment = Segment((Op("linear", (0,), 1, (weight,)),), values, (0,), (1,), (weight,), 0)
             program = session.compile(segment, PassShape(1, 1, ()))
             bound = Bindings((state.address,), (state.address + _WIDTH * 4,), (weights.address,), (), (), 0, 0, (), ())
-            seconds = _best_s(program, bound)
+            seconds, steady = _best_s(program, bound)
             del program
             best = rows * row / seconds
             if n_bytes / best > COMPUTE_S:  # a slow kernel: caches play no part
                 break
-    return best
+    return best, steady
 
 
-def _block_s(session: Session) -> float:
+def _block_s(session: Session) -> tuple[float, bool]:
     """Seconds of a transformer block with matrices too small to count, for each of its seven matrices."""
     heads, head_dim, width, hidden, places = 8, 64, 32, 1024, 256
     wide = heads * head_dim
@@ -219,20 +229,22 @@ def _block_s(session: Session) -> float:
             masks=(small + 3 * PAGE,),
         )
         program = session.compile(segment, PassShape(1, 1, (CacheGroup(places, places),)))
-        seconds = _best_s(program, bound)
+        seconds, steady = _best_s(program, bound)
         del program
-    return seconds / (7 * _BLOCKS)
+    return seconds / (7 * _BLOCKS), steady
 
 
-def _best_s(program: Program, bound: Bindings) -> float:
-    best, began, n_runs = float("inf"), time.perf_counter(), 0
-    # the first run pays for pages and threads that wake up
-    while n_runs < 3 or (n_runs < 40 and time.perf_counter() - began < COMPUTE_S):
+def _best_s(program: Program, bound: Bindings) -> tuple[float, bool]:
+    """Return the seconds of the best of some runs, and whether the next two come near it."""
+    times: list[float] = []
+    began = time.perf_counter()
+    # the first run pays for pages and for threads that wake up
+    while len(times) < 4 or (len(times) < 40 and time.perf_counter() - began < COMPUTE_S):
         start = time.perf_counter()
         program.run(bound)
-        best = min(best, time.perf_counter() - start)
-        n_runs += 1
-    return best
+        times.append(time.perf_counter() - start)
+    best, _, third = sorted(times)[:3]
+    return best, third < STEADY * best
 
 
 def _shares(file: ModelFile) -> dict[TensorType, float]:
