@@ -1,0 +1,147 @@
+"""Does the budget hold? Fixed memory, and three proofs for every budget.
+
+(a) Without any limit, the largest resident size of the process (the kernel's own count) is within the budget.
+(b) In a memory cgroup as large as the budget, libraries in the page cache and the model evicted: no limit hit at all.
+(c) The same with nothing cached: no kill, the same text, almost no refaults and major faults after the first token.
+(Cold, the readahead of Python's own files charges the group, so (c) cannot ask for no hits.)
+The tokens of each run are compared with llama.cpp's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import common
+import limited
+
+PROMPT = "Once upon a time, in a village by the sea,"
+BUDGETS_MB = {"smollm2-135m-instruct": (110, 125, 150, 200, 300), "gemma-3-270m": (150, 180, 220, 300, 400)}
+NEEDED = """
+import edgelm, sys
+try:
+    edgelm.plan(sys.argv[1], memory="1MB", context=int(sys.argv[2]), threads=int(sys.argv[3]), backend="llamacpp")
+except edgelm.BudgetTooSmall as error:
+    print(error.needed_bytes)
+"""
+
+
+def main() -> None:
+    parser = common.arguments(__doc__, rounds=1)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--budgets", nargs="*", type=int, help="MB; default: five for each model")
+    parser.add_argument("--context", type=int, help="default: 1024 for SmolLM2, 2048 for Gemma")
+    parser.add_argument("--fixed-only", action="store_true")
+    args = parser.parse_args()
+    report = common.Report("memory", {"threads": args.threads, "backend": "llamacpp", "tokens": args.tokens})
+    for name in args.models:
+        model, context = common.find_model(name), args.context or common.CONTEXTS.get(name, 2048)
+        smallest = smallest_budget(model, context, args.threads)
+        budgets = [mb * common.MB for mb in args.budgets or BUDGETS_MB.get(name, (smallest // common.MB + 50,))]
+        fixed(report, name, model, context, budgets[0], args.threads)
+        if not args.fixed_only:
+            proofs = Proofs(model, context, args.threads, args.tokens)
+            for budget_bytes in (smallest, *budgets):
+                report.add("Budget proofs", model=name, context=context, **proofs.of(budget_bytes))
+    report.finish()
+
+
+def smallest_budget(model: Path, context: int, threads: int) -> int:
+    """Return the smallest budget that edgelm admits, rounded up to a whole MB and 1 % of ease."""
+    child = common.run([sys.executable, "-c", NEEDED, str(model), str(context), str(threads)])
+    if not child.stdout.strip():
+        raise RuntimeError(child.stderr)
+    return -(-int(int(child.stdout) * 1.01) // common.MB) * common.MB
+
+
+def fixed(report: common.Report, name: str, model: Path, context: int, budget_bytes: int, threads: int) -> None:
+    """Report all but weights, slots and KV: as planned, and as the peak of a run shows it."""
+    spec = {"model": model, "prompts": [PROMPT], "max_tokens": 16, "threads": threads, "context": context}
+    child = common.run(common.side("ours", **spec, memory=budget_bytes, backend="llamacpp"))
+    plan = child.json()["plan"]
+    held = plan["pinned_bytes"] + plan["slots_bytes"] + plan["kv_bytes"] + plan["constants_bytes"]
+    report.add(
+        "Fixed memory, MB",
+        model=name,
+        context=context,
+        budget=common.mb(budget_bytes),
+        planned=common.mb(plan["fixed_bytes"]),
+        measured=common.mb(child.peak_bytes - held),
+        **{key: common.mb(value) for key, value in plan["items"].items()},
+    )
+
+
+class Proofs:
+    """The three proofs of one model; texts and ids are compared with llama.cpp's."""
+
+    def __init__(self, model: Path, context: int, threads: int, n_tokens: int) -> None:
+        self._model = model
+        self._options: dict[str, Any] = {"max_tokens": n_tokens, "threads": threads, "context": context}
+        spec = {"model": model, "prompts": [PROMPT], "plain_buffers": True, **self._options}
+        self._ids = common.run(common.side("peer", **spec)).json()["runs"][0]["token_ids"]
+        streamed = common.run(self._command(None, as_json=False))
+        self._text = streamed.stdout
+
+    def of(self, budget_bytes: int) -> dict[str, Any]:
+        free = common.run(self._command(budget_bytes))
+        answer = free.json()
+        row: dict[str, Any] = {
+            "budget MB": common.mb(budget_bytes),
+            "(a) peak MB": common.mb(free.peak_bytes),
+            "(a) held": free.peak_bytes <= budget_bytes,
+            "same ids": answer["token_ids"] == self._ids,
+            "tok/s": answer["stats"]["decode_tps"],
+            "MB streamed": common.mb(answer["stats"]["bytes_streamed"]),
+        }
+        try:
+            return row | self._warm(budget_bytes) | self._cold(budget_bytes)
+        except limited.NoCgroup as error:
+            return row | {"(b)": str(error)}
+
+    def _command(self, budget_bytes: int | None, as_json: bool = True) -> list[str]:
+        return common.edgelm_run(
+            self._model, PROMPT, memory_bytes=budget_bytes, backend="llamacpp", as_json=as_json, **self._options
+        )
+
+    def _warm(self, budget_bytes: int) -> dict[str, Any]:
+        limited.evict(self._model)
+        inside = limited.run(self._command(budget_bytes), budget_bytes)
+        same = inside.exit_code == 0 and json.loads(inside.stdout)["token_ids"] == self._ids
+        return {
+            "(b) group peak MB": common.mb(inside.peak_bytes),
+            "(b) limit hits": inside.limit_hits,
+            "(b) held": same and inside.limit_hits == 0 and inside.oom_kills == 0,
+        }
+
+    def _cold(self, budget_bytes: int) -> dict[str, Any]:
+        """Run with nothing cached, and count from the first byte of the answer on."""
+        with contextlib.suppress(PermissionError):
+            limited.evict_everything()
+        with limited.group(budget_bytes) as group:
+            child = subprocess.Popen(
+                group.command(self._command(budget_bytes, as_json=False)),
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
+            assert child.stdout is not None
+            first = os.read(child.stdout.fileno(), 1)
+            before = group.sample()
+            rest, _ = child.communicate()
+            after = group.sample()
+            text = (first + rest).decode("utf-8", "replace")
+            refaults, faults = after.refaults - before.refaults, after.major_faults - before.major_faults
+            return {
+                "(c) limit hits": group.limit_hits,
+                "(c) kills": group.oom_kills,
+                "(c) refaults after first token": refaults,
+                "(c) major faults after it": faults,
+                "(c) held": child.returncode == 0 and group.oom_kills == 0 and text == self._text and refaults < 100,
+            }
+
+
+if __name__ == "__main__":
+    main()
