@@ -65,6 +65,9 @@ class GgmlSession:
             raise MemoryError(f"no memory for {scratch_bytes} bytes of scratch")
         self.reserved_bytes = scratch_bytes
 
+    def use_threads(self, n_threads: int) -> None:
+        self.ggml.ggml_backend_cpu_set_n_threads(self.backend, n_threads)
+
     def abort(self, on: bool) -> None:
         self._flag[0] = b"\x01" if on else b"\x00"
 

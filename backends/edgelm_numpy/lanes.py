@@ -19,10 +19,10 @@ from edgelm.errors import Cancelled
 
 
 class Lanes:
-    """`n` threads, the caller's among them. `aborted` makes every running and later task raise `Cancelled`."""
+    """`n` threads, the caller's among them, of which `active` work. `aborted` makes every running and later task raise `Cancelled`."""
 
     def __init__(self, n: int) -> None:
-        self.n = n
+        self.n = self.active = n
         self.aborted = False
         self._pool = ThreadPoolExecutor(n - 1, "edgelm-numpy") if n > 1 else None
 
@@ -40,7 +40,7 @@ class Lanes:
                     self.check()
                     work(task, lane)
 
-        pool, extra = self._pool, min(self.n, n_tasks) - 1
+        pool, extra = self._pool, min(self.active, n_tasks) - 1
         others = [pool.submit(drain, lane) for lane in range(1, extra + 1)] if pool else []
         try:
             drain(0)

@@ -65,6 +65,9 @@ class NumpySession:
         self._scratch = np.empty(scratch_bytes + ALIGNMENT, np.uint8)  # pages are taken when they are first written
         self._reserved = scratch_bytes
 
+    def use_threads(self, n_threads: int) -> None:
+        self.lanes.active = n_threads
+
     def abort(self, on: bool) -> None:
         self.lanes.aborted = on
 

@@ -93,6 +93,9 @@ class Session(Protocol):
     def reserve(self, scratch_bytes: int) -> None:
         """Promise that no compiled program will need more scratch memory than this."""
 
+    def use_threads(self, n_threads: int) -> None:
+        """Compute later passes with this many threads, at most those that the session was opened with."""
+
     def abort(self, on: bool) -> None:
         """Make running and later programs raise `Cancelled` while on. Called from any thread."""
 

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from edgelm.cachedir import cache_dir, read_json, write_json
 from edgelm.engine.backend import Backend, Bindings, CacheGroup, PassShape, Program, Session
 from edgelm.engine.health import identity
 from edgelm.engine.ir import AttendSpec, NormSpec, Op, RopeSpec, Segment, Value, Weight
-from edgelm.engine.machine import digest, machine_key
+from edgelm.engine.machine import digest, last_cache_bytes, machine_key
 from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.gguf import ModelFile
 from edgelm.memory.buffer import PAGE, Buffer
@@ -30,14 +30,14 @@ from edgelm.memory.window import N_READERS
 from edgelm.sizes import MB, MIB
 
 LIMIT_BYTES = 20 * MB
-"""Memory that measuring may take, unless the caller allows less."""
+"""Memory that measuring may take, unless the caller allows more or less."""
 KEPT_S = 86_400.0
 """How long a measurement is believed: drives fill up, processors get hot, machines get other work."""
 STEADY = 1.3
-"""How far the three best repeats may lie apart, as a ratio, for a measurement to be kept."""
+"""How much slower than the best eighth of repeats the best quarter may be for a measurement to be kept."""
 FLASH_BYTES, FLASH_S, REQUEST_BYTES = 48 * MIB, 0.15, 1 * MIB
-COMPUTE_BYTES, COMPUTE_S = 16 * MIB, 0.03
-TRIAL_BYTES = 1 * MIB
+MAX_COMPUTE_BYTES, COMPUTE_S = 64 * MIB, 0.03
+PIECE_BYTES = 1 * MIB
 N_TYPES = 4
 """Tensor types measured, those with the most bytes; the others are taken to be as fast as these."""
 _WIDTH = 2048
@@ -55,9 +55,11 @@ def measured_rates(
 ) -> Rates:
     """Return what the device does with this model: flash, kernels for its tensor types, and the cost of a pass.
 
-    Takes up to 0.4 s the first time on a machine, later a few milliseconds; at most `limit_bytes` of memory (no
-    less than 5 MB), which is returned to the system. Measures again every time where the cache folder refuses, or
-    where the machine was too busy for repeats to agree.
+    Takes up to 0.4 s the first time on a machine, later a few milliseconds; at most `limit_bytes` of memory (no less
+    than 5 MB), which is returned to the system. If the limit is 4 MiB above twice the processor's last cache (or
+    64 MiB), weights are measured as they come from memory; else from caches, and the rate is too high by what those
+    gain. A budget that holds all weights has room for the former. Measures again every time where the cache folder
+    refuses, or where the machine was too busy for repeats to agree.
     """
     shares = _shares(file)
     kernels = _Kernels(backend, session, n_threads, limit_bytes)
@@ -134,12 +136,14 @@ class _Kernels:
     """What a session computes a second; measured when it is asked for and not known."""
 
     def __init__(self, backend: Backend, session: Session, n_threads: int, limit_bytes: int) -> None:
-        self._session, self._limit_bytes = session, limit_bytes
-        self._path = _place("kernels", backend.name, identity(backend), n_threads, machine_key())
+        wanted = min(2 * last_cache_bytes(), MAX_COMPUTE_BYTES)
+        self._session, self._n_bytes = session, max(min(wanted, limit_bytes - 4 * MIB), PIECE_BYTES)
+        cached = self._n_bytes < wanted
+        self._path = _place("kernels", backend.name, identity(backend), n_threads, cached, machine_key())
         self._known = _kept(self._path)
 
     def bytes_per_s(self, kind: TensorType) -> float:
-        return self._get(kind.name, lambda: _matrix_rate(self._session, kind, self._limit_bytes))
+        return self._get(kind.name, lambda: _matrix_rate(self._session, kind, self._n_bytes))
 
     def overhead_s(self) -> float:
         """Seconds that a matrix costs beside its bytes: starting kernels, and the small operations around it."""
@@ -155,32 +159,28 @@ class _Kernels:
         return value
 
 
-def _matrix_rate(session: Session, kind: TensorType, limit_bytes: int) -> tuple[float, bool]:
-    """Bytes a second of products of one row with matrices of this type, from memory rather than from caches.
+def _matrix_rate(session: Session, kind: TensorType, n_bytes: int) -> tuple[float, bool]:
+    """Bytes a second of products of one row with matrices of this type, of which `n_bytes` are visited in turn.
 
-    Also says whether the repeats agree: on a busy machine threads wait for each other for whole time slices.
+    Also says whether the measurements agree: on a busy machine threads wait for each other for whole time slices.
+    Many short products rather than a few long ones, so that some of them are not interrupted.
     """
-    n_bytes = max(min(COMPUTE_BYTES, limit_bytes - 4 * MIB), TRIAL_BYTES)
     row = row_bytes(kind, _WIDTH)
-    with Buffer(n_bytes, huge=True) as weights, Buffer(_WIDTH * 4 + n_bytes // row * 4 + PAGE) as state:
+    rows = PIECE_BYTES // row // 32 * 32
+    with Buffer(n_bytes, huge=True) as weights, Buffer((_WIDTH + rows) * 4) as state:
         # every page written once: unwritten ones would all be the same page of zeros, and never leave the cache.
         # Ones are small, ordinary numbers in every type: no NaN, and as float32 no denormals, which are slow.
         ctypes.memset(weights.address, 1, n_bytes)
         (ctypes.c_float * _WIDTH).from_address(state.address)[:] = [1.0] * _WIDTH
-        best, steady = 0.0, False
-        for size in (TRIAL_BYTES, n_bytes):
-            rows = size // row // 32 * 32
-            weight = Weight("", kind, _WIDTH, rows)
-            values = (Value(_WIDTH, "token"), Value(rows, "token"))
-            segment = Segment((Op("linear", (0,), 1, (weight,)),), values, (0,), (1,), (weight,), 0)
-            program = session.compile(segment, PassShape(1, 1, ()))
-            bound = Bindings((state.address,), (state.address + _WIDTH * 4,), (weights.address,), (), (), 0, 0, (), ())
-            seconds, steady = _best_s(program, bound)
-            del program
-            best = rows * row / seconds
-            if n_bytes / best > COMPUTE_S:  # a slow kernel: caches play no part
-                break
-    return best, steady
+        x, y = state.address, state.address + _WIDTH * 4
+        weight = Weight("", kind, _WIDTH, rows)
+        values = (Value(_WIDTH, "token"), Value(rows, "token"))
+        segment = Segment((Op("linear", (0,), 1, (weight,)),), values, (0,), (1,), (weight,), 0)
+        program = session.compile(segment, PassShape(1, 1, ()))
+        pieces = range(weights.address, weights.address + n_bytes - PIECE_BYTES + 1, PIECE_BYTES)
+        seconds, steady = _usual_s(program, [Bindings((x,), (y,), (at,), (), (), 0, 0, (), ()) for at in pieces])
+        del program
+    return rows * row / seconds, steady
 
 
 def _block_s(session: Session) -> tuple[float, bool]:
@@ -229,22 +229,23 @@ def _block_s(session: Session) -> tuple[float, bool]:
             masks=(small + 3 * PAGE,),
         )
         program = session.compile(segment, PassShape(1, 1, (CacheGroup(places, places),)))
-        seconds, steady = _best_s(program, bound)
+        seconds, steady = _usual_s(program, [bound])
         del program
     return seconds / (7 * _BLOCKS), steady
 
 
-def _best_s(program: Program, bound: Bindings) -> tuple[float, bool]:
-    """Return the seconds of the best of some runs, and whether the next two come near it."""
+def _usual_s(program: Program, places: Sequence[Bindings]) -> tuple[float, bool]:
+    """Return the seconds of a run that nothing disturbs, and whether enough of the runs were undisturbed."""
+    program.run(places[0])  # pays for pages and for threads that wake up
     times: list[float] = []
     began = time.perf_counter()
-    # the first run pays for pages and for threads that wake up
-    while len(times) < 4 or (len(times) < 40 and time.perf_counter() - began < COMPUTE_S):
+    while len(times) < 4 or time.perf_counter() - began < COMPUTE_S:
         start = time.perf_counter()
-        program.run(bound)
+        program.run(places[len(times) % len(places)])
         times.append(time.perf_counter() - start)
-    best, _, third = sorted(times)[:3]
-    return best, third < STEADY * best
+    times.sort()
+    usual = times[len(times) // 8]
+    return usual, times[len(times) // 4] < STEADY * usual
 
 
 def _shares(file: ModelFile) -> dict[TensorType, float]:

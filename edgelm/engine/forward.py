@@ -26,6 +26,8 @@ from edgelm.memory.stores import Store
 from edgelm.memory.units import Unit, part_of
 from edgelm.memory.window import Window
 
+WIDE_TOKENS = 8
+"""Passes of at least this many tokens are bound by compute even where weights stream."""
 MAX_SHAPES = 3
 """Compiled shapes kept: the decode pass, the prompt chunk, and the rest of a prompt."""
 
@@ -60,6 +62,7 @@ class Engine:
         arena: KVArena,
         store: Store,
         session: Session,
+        n_threads: int,
         max_outputs: int = 1,
     ) -> None:
         self.plan, self.window, self.arena, self.session = plan, window, arena, session
@@ -77,7 +80,7 @@ class Engine:
             row_bytes=tensors[self._embedding].row_bytes,
             places={group: arena.capacities[group] for group in self._groups},
         )
-        self.max_outputs = max_outputs
+        self.max_outputs, self._n_threads = max_outputs, n_threads
         # where rows of the embedding are pinned as the head: run, offset, first row, rows
         self._table = [
             (i, run.unit.offset_of(part), part.first_row, part.rows)
@@ -138,6 +141,9 @@ class Engine:
         steps = self._compiled(shape)
         if not final and self.window.cycle:
             steps = [step for step in steps if step.run <= self._cut.last_write]
+        # kernels spin while they wait for each other, and readers need a core: a pass that waits for flash leaves one
+        reading = bool(self.window.cycle) and n_tokens < WIDE_TOKENS
+        self.session.use_threads(max(1, self._n_threads - 1) if reading else self._n_threads)
         self.window.begin([step.run for step in steps if step.bindings is None])
         try:
             workspace.positions[:n_tokens] = np.arange(arena.n_past, arena.n_past + n_tokens)

@@ -44,6 +44,7 @@ class Prepared:
     model: Model
     plan: Plan
     session: Session
+    n_threads: int
 
 
 def prepare(
@@ -62,7 +63,7 @@ def prepare(
         demands = Demands(model, session, context, process_bytes, request.max_outputs)
         try:
             plan = _settle(model, demands, request.budget_bytes, context, rates, backend.capabilities().streams)
-            return Prepared(model, plan, session)
+            return Prepared(model, plan, session, request.n_threads)
         except BudgetTooSmall:
             if request.context is not None or context <= 512:
                 raise
@@ -82,7 +83,16 @@ def build(
     try:
         arena = KVArena(model.layers, plan.context, plan.chunk)
         engine = Engine(
-            model.trace, model.tensors, plan, window, model.constants, arena, store, prepared.session, max_outputs
+            model.trace,
+            model.tensors,
+            plan,
+            window,
+            model.constants,
+            arena,
+            store,
+            prepared.session,
+            prepared.n_threads,
+            max_outputs,
         )
         window.load(progress, cancelled)
     except BaseException:
