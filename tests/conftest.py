@@ -1,0 +1,86 @@
+"""What all tests share: a home and a cache of their own, the real models where there are any, memory limits."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from edgelm_models.cache import find
+from edgelm_models.catalogue import CATALOGUE
+
+from edgelm.sizes import parse_size
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _real_models() -> dict[str, Path]:
+    """Return the catalogue's models that this machine has, looked for before any test changes the environment."""
+    folder = os.environ.get("EDGELM_TEST_MODELS")
+    found = {name: Path(folder, entry.file_name).absolute() for name, entry in CATALOGUE.items()} if folder else {}
+    pulled = {name: model.path for name in CATALOGUE if (model := find(name)) is not None}
+    return pulled | {name: path for name, path in found.items() if path.is_file()}
+
+
+REAL_MODELS = _real_models()
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the user's files, settings or cache, nor those of another test."""
+    for name in list(os.environ):
+        if name.startswith(("EDGELM_", "HF_", "XDG_")) and name != "EDGELM_TEST_MODELS":
+            monkeypatch.delenv(name)
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    monkeypatch.setenv("EDGELM_CACHE", str(folder / "cache"))
+
+
+@pytest.fixture
+def real_model() -> Callable[[str], Path]:
+    """Return the file of a model of the catalogue by name, or skip the test where it is not."""
+
+    def path_of(name: str) -> Path:
+        if name not in REAL_MODELS:
+            pytest.skip(f"{name} is not here: `edgelm pull {name}`, or name a folder in EDGELM_TEST_MODELS")
+        return REAL_MODELS[name]
+
+    return path_of
+
+
+@pytest.fixture
+def within_memory() -> Callable[..., Any]:
+    """Run a command in a memory cgroup: `within_memory("150MB", argv, evict=FILE)` tells peak, hits and kills.
+
+    The result is `Limited` of bench/limited.py. Skips where no memory cgroup can be made.
+    """
+    limited = _limited()
+
+    def run(size: str | int, argv: list[str], evict: Path | None = None, cold: bool = False) -> Any:
+        try:
+            if evict is not None:
+                limited.evict(evict)
+            if cold:
+                limited.evict_everything()
+            return limited.run(argv, parse_size(size))
+        except (limited.NoCgroup, PermissionError) as error:
+            pytest.skip(f"no limit can be set here: {error}")
+
+    return run
+
+
+def _limited() -> ModuleType:
+    name = "edgelm_bench_limited"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / "limited.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
