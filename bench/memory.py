@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,6 @@ import limited
 
 PROMPT = "Once upon a time, in a village by the sea,"
 BUDGETS_MB = {"smollm2-135m-instruct": (110, 125, 150, 200, 300), "gemma-3-270m": (150, 180, 220, 300, 400)}
-NEEDED = """
-import edgelm, sys
-try:
-    edgelm.plan(sys.argv[1], memory="1MB", context=int(sys.argv[2]), threads=int(sys.argv[3]), backend="llamacpp")
-except edgelm.BudgetTooSmall as error:
-    print(error.needed_bytes)
-"""
 
 
 def main() -> None:
@@ -52,16 +46,25 @@ def main() -> None:
 
 
 def smallest_budget(model: Path, context: int, threads: int) -> int:
-    """Return the smallest budget that edgelm admits, rounded up to a whole MB and 1 % of ease."""
-    child = common.run([sys.executable, "-c", NEEDED, str(model), str(context), str(threads)])
-    if not child.stdout.strip():
+    """Return the smallest budget that edgelm names when it refuses one, with 1 % of ease, in whole MB."""
+    child = common.run(
+        common.edgelm_run(
+            model, PROMPT, max_tokens=1, threads=threads, context=context, memory_bytes=common.MB, backend="llamacpp"
+        )
+    )
+    needed = re.search(r"needs ([0-9.]+) MB", child.stderr)
+    if needed is None:
         raise RuntimeError(child.stderr)
-    return -(-int(int(child.stdout) * 1.01) // common.MB) * common.MB
+    return math.ceil(float(needed[1]) * 1.01) * common.MB
 
 
 def fixed(report: common.Report, name: str, model: Path, context: int, budget_bytes: int, threads: int) -> None:
-    """Report all but weights, slots and KV: as planned, and as the peak of a run shows it."""
-    spec = {"model": model, "prompts": [PROMPT], "max_tokens": 16, "threads": threads, "context": context}
+    """Report all but weights, slots and KV: as planned, and as the peak of a run shows it.
+
+    The run fills the context, because memory that nothing has touched does not count yet.
+    """
+    prompt = common.text_of(model, context - 32)
+    spec = {"model": model, "prompts": [prompt], "max_tokens": 32, "threads": threads, "context": context}
     child = common.run(common.side("ours", **spec, memory=budget_bytes, backend="llamacpp"))
     plan = child.json()["plan"]
     held = plan["pinned_bytes"] + plan["slots_bytes"] + plan["kv_bytes"] + plan["constants_bytes"]
