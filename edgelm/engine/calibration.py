@@ -285,7 +285,7 @@ def _place(what: str, *facts: object) -> Path:
 
 def _kept(path: Path) -> dict[str, float]:
     found = read_json(path) or {}
-    with suppress(KeyError, TypeError, ValueError):
+    with suppress(AttributeError, KeyError, TypeError, ValueError):  # a file of another make
         if 0 <= time.time() - float(found["measured_at_s"]) < KEPT_S:
             return {str(name): float(value) for name, value in found["rates"].items() if float(value) > 0}
     return {}
