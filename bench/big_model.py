@@ -121,7 +121,8 @@ def vocabulary(rng: np.random.Generator) -> tuple[list[str], list[str]]:
     """Return made-up tokens of real number and length, and the merges that spell each from two earlier ones."""
     letters = byte_letters()
     tokens = list(letters)
-    seen, merges = set(tokens), []
+    merges: list[str] = []
+    seen = set(tokens)
     space = letters[32]
     pool = [letters[ord(c)] for c in "etaoinshrdlcumwfgypbvkjxqz"] + [space] + letters  # what grows
     while len(merges) < N_MERGES:

@@ -2,7 +2,8 @@
 
 A child of the benchmarks. Calls `llama_decode` itself and takes the largest logit: the fastest that the library can
 be driven from Python, so that no overhead of its high-level loop is counted against it. One JSON argument: `model`,
-`prompts`, `max_tokens`, `threads`, `context`, and optionally `plain_buffers`, `batch`, `logits` (a file to write).
+`prompts`, `max_tokens`, `threads`, `context`, and optionally `plain_buffers`, `flash_attn`, `batch`,
+`logits` (a file to write).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Peer:
         self.batch = spec.get("batch", 512)
         self._llama = llama_cpp.Llama(
             spec["model"], n_ctx=spec["context"], n_batch=self.batch, n_threads=spec["threads"],
-            n_threads_batch=spec["threads"], verbose=False,
+            n_threads_batch=spec["threads"], flash_attn=spec.get("flash_attn", False), verbose=False,
         )  # fmt: skip
         self._ctx = self._llama._ctx.ctx
         self.n_vocab = self._llama.n_vocab()

@@ -1,8 +1,9 @@
 """Tokens a second with everything resident: edgelm's llama.cpp backend against llama.cpp, in turn, within one run.
 
 Decode: 128 tokens after a short prompt. Prefill: 512 tokens. Each turn is a process of its own: it warms up on one
-prompt, then measures `--repeats` others that share no prefix. llama.cpp runs twice: with its default buffers (weights
-repacked where it knows how) and with plain ones, in which the arithmetic is the same as edgelm's.
+prompt, then measures `--repeats` others that share no prefix. llama.cpp runs three ways: as llama-cpp-python sets it up
+(weights repacked where it knows how), with plain buffers, in which the arithmetic is the same as edgelm's, and with
+those and flash attention.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from typing import Any
 import common
 
 N_DECODE, N_PREFILL, N_SHORT = 128, 512, 16
-SIDES = {"edgelm": {}, "llama.cpp, default buffers": {}, "llama.cpp, plain buffers": {"plain_buffers": True}}
+SIDES: dict[str, dict[str, Any]] = {
+    "edgelm": {},
+    "llama.cpp, default buffers": {},
+    "llama.cpp, plain buffers": {"plain_buffers": True},
+    "llama.cpp, plain, flash attention": {"plain_buffers": True, "flash_attn": True},
+}
 STARTS = ("One evening ", "Two sisters ", "Never again ", "After dinner ", "Winter: ", "Above all ", "Some say ")
 
 
@@ -26,7 +32,7 @@ def turn(who: str, model: Path, prompts: list[str], max_tokens: int, threads: in
     if who == "edgelm":
         assert found["plan"]["streamed_bytes"] == 0, "not everything is resident: free some memory"
         assert not any(run["cached_tokens"] > 1 for run in found["runs"]), "prompts must not share a prefix"
-    return found["runs"][1:]
+    return list(found["runs"][1:])
 
 
 def main() -> None:

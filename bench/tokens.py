@@ -51,7 +51,7 @@ def divergence(theirs: np.ndarray, ours: np.ndarray) -> float:
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
 
 
 def main() -> None:
