@@ -20,7 +20,7 @@ from edgelm.memory.meter import Meter
 from edgelm.memory.plan import Plan
 from edgelm.memory.platform import current_platform
 from edgelm.memory.platform.allocator import trim, tune_allocator
-from edgelm.memory.stores import Store, open_store
+from edgelm.memory.stores import Store, open_loader, open_store
 from edgelm.sizes import human, parse_size
 from edgelm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -65,7 +65,10 @@ def open_engine(
     """Load a model inside a budget; see `edgelm.load`."""
     ready = _get_ready(path, memory, backend, threads, context, max_outputs)
     try:
-        engine = build(ready.prepared, ready.store, max_outputs, progress)
+        loader = open_loader([str(part) for part in ready.file.paths], ready.store)
+        engine = build(ready.prepared, ready.store, max_outputs, loader, progress)
+        if loader is not ready.store:
+            loader.close()
     except BaseException:
         ready.session.close()
         ready.store.close()

@@ -34,13 +34,12 @@ LIMIT_BYTES = 20 * MB
 KEPT_S = 86_400.0
 """How long a measurement is believed: drives fill up, processors get hot, machines get other work."""
 STEADY = 1.3
-"""How much slower than the best eighth of repeats the best quarter may be for a measurement to be kept."""
+"""How much slower than the best eighth of repeats the middle one may be for a measurement to be kept."""
 FLASH_BYTES, FLASH_S, REQUEST_BYTES = 48 * MIB, 0.15, 1 * MIB
-MAX_COMPUTE_BYTES, COMPUTE_S = 64 * MIB, 0.03
+MAX_COMPUTE_BYTES, COMPUTE_S, BUSY_S = 64 * MIB, 0.03, 0.1
 PIECE_BYTES = 1 * MIB
 N_TYPES = 4
 """Tensor types measured, those with the most bytes; the others are taken to be as fast as these."""
-_WIDTH = 2048
 _BLOCKS = 4
 _ENOUGH = 3
 
@@ -64,7 +63,7 @@ def measured_rates(
     """
     shares = _shares(file)
     kernels = _Kernels(backend, session, n_threads, limit_bytes)
-    seconds_per_byte = sum(share / kernels.bytes_per_s(kind) for kind, share in shares.items())
+    seconds_per_byte = sum(share / kernels.bytes_per_s(*matrix) for matrix, share in shares.items())
     n_matrices = sum(1 for info in file.tensors.values() if info.n_rows > 1)
     return Rates(
         flash_bytes_per_s=_flash(store, file),
@@ -143,8 +142,8 @@ class _Kernels:
         self._path = _place("kernels", backend.name, identity(backend), n_threads, cached, machine_key())
         self._known = _kept(self._path)
 
-    def bytes_per_s(self, kind: TensorType) -> float:
-        return self._get(kind.name, lambda: _matrix_rate(self._session, kind, self._n_bytes))
+    def bytes_per_s(self, kind: TensorType, width: int) -> float:
+        return self._get(f"{kind.name} {width}", lambda: _matrix_rate(self._session, kind, width, self._n_bytes))
 
     def overhead_s(self) -> float:
         """Seconds that a matrix costs beside its bytes: starting kernels, and the small operations around it."""
@@ -160,25 +159,25 @@ class _Kernels:
         return value
 
 
-def _matrix_rate(session: Session, kind: TensorType, n_bytes: int) -> tuple[float, bool]:
-    """Bytes a second of products of one row with matrices of this type, of which `n_bytes` are visited in turn.
+def _matrix_rate(session: Session, kind: TensorType, width: int, n_bytes: int) -> tuple[float, bool]:
+    """Bytes a second of products of one row with matrices of this type and width; `n_bytes` are visited in turn.
 
     Also says whether the measurements agree: on a busy machine threads wait for each other for whole time slices.
     Many short products rather than a few long ones, so that some of them are not interrupted.
     """
-    row = row_bytes(kind, _WIDTH)
-    rows = PIECE_BYTES // row // 32 * 32
-    with Buffer(n_bytes, huge=True) as weights, Buffer((_WIDTH + rows) * 4) as state:
+    row = row_bytes(kind, width)
+    rows = max(PIECE_BYTES // row // 32 * 32, 32)
+    with Buffer(n_bytes, huge=True) as weights, Buffer((width + rows) * 4) as state:
         # every page written once: unwritten ones would all be the same page of zeros, and never leave the cache.
         # Ones are small, ordinary numbers in every type: no NaN, and as float32 no denormals, which are slow.
         ctypes.memset(weights.address, 1, n_bytes)
-        (ctypes.c_float * _WIDTH).from_address(state.address)[:] = [1.0] * _WIDTH
-        x, y = state.address, state.address + _WIDTH * 4
-        weight = Weight("", kind, _WIDTH, rows)
-        values = (Value(_WIDTH, "token"), Value(rows, "token"))
+        (ctypes.c_float * width).from_address(state.address)[:] = [1.0] * width
+        x, y = state.address, state.address + width * 4
+        weight = Weight("", kind, width, rows)
+        values = (Value(width, "token"), Value(rows, "token"))
         segment = Segment((Op("linear", (0,), 1, (weight,)),), values, (0,), (1,), (weight,), 0)
         program = session.compile(segment, PassShape(1, 1, ()))
-        pieces = range(weights.address, weights.address + n_bytes - PIECE_BYTES + 1, PIECE_BYTES)
+        pieces = range(weights.address, weights.address + n_bytes - rows * row + 1, PIECE_BYTES)
         seconds, steady = _usual_s(program, [Bindings((x,), (y,), (at,), (), (), 0, 0, (), ()) for at in pieces])
         del program
     return rows * row / seconds, steady
@@ -238,18 +237,23 @@ def _block_s(session: Session) -> tuple[float, bool]:
 def _usual_s(program: Program, places: Sequence[Bindings]) -> tuple[float, bool]:
     """Return the seconds of a run that nothing disturbs, and whether enough of the runs were undisturbed."""
     program.run(places[0])  # pays for pages and for threads that wake up
-    times: list[tuple[bool, float]] = []
+    clean: list[float] = []
+    disturbed: list[float] = []
     began = time.perf_counter()
-    while not times or time.perf_counter() - began < COMPUTE_S:
+    while (elapsed := time.perf_counter() - began) < COMPUTE_S or (len(clean) < _ENOUGH and elapsed < BUSY_S):
         switches, start = _switches(), time.perf_counter()
-        program.run(places[len(times) % len(places)])
-        elapsed = time.perf_counter() - start
-        times.append((_switches() != switches, elapsed))
-    clean = sorted(elapsed for disturbed, elapsed in times if not disturbed)
+        program.run(places[len(clean) % len(places)])
+        seconds = time.perf_counter() - start
+        if _switches() == switches:
+            clean.append(seconds)
+        else:
+            disturbed.append(seconds)
+            time.sleep(0.002)  # schedulers favour who has just waited: the next run has a better chance
     if not clean:
-        return min(elapsed for _, elapsed in times), False
-    usual = clean[len(clean) // 8]
-    return usual, len(clean) >= _ENOUGH and clean[len(clean) // 4] < STEADY * usual
+        return min(disturbed), False
+    clean.sort()
+    usual = clean[len(clean) // 2]
+    return usual, len(clean) >= _ENOUGH and usual < STEADY * clean[len(clean) // 8]
 
 
 def _switches() -> int:
@@ -261,16 +265,18 @@ def _switches() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-def _shares(file: ModelFile) -> dict[TensorType, float]:
-    """Return the types of most of the weights of a pass and their shares of its bytes."""
+def _shares(file: ModelFile) -> dict[tuple[TensorType, int], float]:
+    """Return the types of most of the weights of a pass, each with its most usual width, and their shares of bytes."""
     sizes: Counter[TensorType] = Counter()
+    widths: dict[TensorType, Counter[int]] = {}
     for info in file.tensors.values():
         # of an embedding that is not the output head too, a pass takes single rows
         if info.n_rows > 1 and not (info.name == "token_embd.weight" and "output.weight" in file.tensors):
             sizes[info.type] += info.n_bytes
+            widths.setdefault(info.type, Counter())[info.shape[0]] += info.n_bytes
     largest = sizes.most_common(N_TYPES)
     total = sum(n_bytes for _, n_bytes in largest)
-    return {kind: n_bytes / total for kind, n_bytes in largest}
+    return {(kind, widths[kind].most_common(1)[0][0]): n_bytes / total for kind, n_bytes in largest}
 
 
 def _device(path: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 from edgelm.engine.backend import CacheGroup, PassShape, Session
 from edgelm.engine.ir import Trace, place
@@ -56,7 +57,7 @@ def describe(trace: Trace, tensors: Mapping[str, TensorInfo]) -> Model:
     return Model(trace, tensors, matrices, constants(tensors, used), layers)
 
 
-class Demands:
+class Demands(Sequence[Demand]):
     """The demand of each chunk, from the largest to the smallest, computed when asked for."""
 
     def __init__(self, model: Model, session: Session, context: int, process_bytes: int, max_outputs: int) -> None:
@@ -69,10 +70,16 @@ class Demands:
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def all(self) -> Sequence[Demand]:
-        return [self.of(chunk) for chunk in self.chunks]
+    @overload
+    def __getitem__(self, index: int) -> Demand: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Demand]: ...
+    def __getitem__(self, index: int | slice) -> Demand | list[Demand]:
+        if isinstance(index, slice):
+            return [self._of(chunk) for chunk in self.chunks[index]]
+        return self._of(self.chunks[index])
 
-    def of(self, chunk: int) -> Demand:
+    def _of(self, chunk: int) -> Demand:
         """Return the demand as if the model were one segment: enough where nothing streams, else a first guess."""
         if chunk not in self._known:
             self._known[chunk] = self._demand(

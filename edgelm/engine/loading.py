@@ -74,12 +74,13 @@ def build(
     prepared: Prepared,
     store: Store,
     max_outputs: int = 1,
+    loader: Store | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Engine:
     """Allocate what the plan says and read the pinned weights. The engine owns `store` and the session from here."""
     model, plan = prepared.model, prepared.plan
-    window = Window(store, plan, model.constants)
+    window = Window(store, plan, model.constants, loader=loader)
     try:
         arena = KVArena(model.layers, plan.context, plan.chunk)
         engine = Engine(
@@ -105,7 +106,7 @@ def _settle(
     model: Model, demands: Demands, budget_bytes: int, context: int, rates: Rates | None, streams: bool
 ) -> Plan:
     """Plan, look at the segments that come of it, and plan again with what they need, until the two agree."""
-    plan = make_plan(model.matrices, demands.all(), budget_bytes, context, rates, streams)
+    plan = make_plan(model.matrices, demands, budget_bytes, context, rates, streams)
     if not plan.streamed:
         return plan
     needed: Demand = replace(demands.measured(plan))

@@ -17,6 +17,8 @@ from edgelm.sizes import MB, human
 N_SLOTS = 4
 SLOT_SHARE = 0.0125
 """Share of the weight budget that one slot takes: four of them take 5 %."""
+RESIDENT_CHUNK = 16
+"""Keeping everything is not worth prompt passes narrower than this."""
 MIN_SLOT_BYTES, MAX_SLOT_BYTES = 1 * MB, 8 * MB
 
 
@@ -161,6 +163,8 @@ def make_plan(
     whole = make_units(matrices, MAX_SLOT_BYTES)
     all_bytes = sum(unit.span_bytes for unit in whole)
     for demand in demands:
+        if demand.chunk < RESIDENT_CHUNK and streams:
+            break
         if demand.total_bytes + all_bytes <= budget_bytes:
             return _finish(budget_bytes, context, demand, whole, frozenset(range(len(whole))), 0, 0, rates)
     smallest = demands[-1]

@@ -172,6 +172,27 @@ class DontCacheStore(_FileStore):
         return self._platform.read(handle, view, offset, uncached=True)
 
 
+class WarmStore:
+    """For weights that stay: takes what the page cache holds at memory speed, and reads the rest past it.
+
+    `direct` serves what is not cached. Raises `OSError` at construction where cached reads cannot stay uncached.
+    """
+
+    def __init__(self, paths: Sequence[str], direct: Store, platform: Platform | None = None) -> None:
+        self._platform = platform or current_platform()
+        self._direct, self._cached = direct, DontCacheStore(paths, self._platform)
+        self.how = f"what is cached from the page cache, the rest {direct.how}"
+
+    def read_into(self, file: int, offset: int, n_bytes: int, buffer: memoryview, at: int) -> int:
+        handle = self._cached._handles[file]
+        warm = 2 * self._platform.cached_bytes(handle, offset, n_bytes) > n_bytes
+        return (self._cached if warm else self._direct).read_into(file, offset, n_bytes, buffer, at)
+
+    def close(self) -> None:
+        """Give its own files back; those of `direct` belong to others."""
+        self._cached.close()
+
+
 class BufferedStore(_FileStore):
     """Ordinary reads, after each of which the whole file is dropped from the page cache again.
 
@@ -356,3 +377,13 @@ def open_store(
 
 def _hint_for(direct: bool | None) -> str:
     return "allow buffered reads for this file system" if direct else "check its path and permissions"
+
+
+def open_loader(paths: Sequence[str], store: Store, platform: Platform | None = None) -> Store:
+    """Return the best store for weights that are read once and stay: a `WarmStore`, or `store` where that fails."""
+    if not isinstance(store, DirectStore):
+        return store
+    try:
+        return WarmStore(paths, store, platform)
+    except OSError:
+        return store

@@ -49,11 +49,16 @@ def runs(plan: Plan) -> tuple[Run, ...]:
 
 
 class Window:
-    """Weight memory of one model. `hold(i)` gives the address of run `i`, valid until `release(i)`."""
+    """Weight memory of one model. `hold(i)` gives the address of run `i`, valid until `release(i)`.
 
-    def __init__(self, store: Store, plan: Plan, constants: Unit, *, n_readers: int = N_READERS) -> None:
+    `store` serves what is streamed, `loader` (the same by default) what is read once and stays.
+    """
+
+    def __init__(
+        self, store: Store, plan: Plan, constants: Unit, *, loader: Store | None = None, n_readers: int = N_READERS
+    ) -> None:
         self.runs = runs(plan)
-        self._store = store
+        self._store, self._loader = store, loader or store
         pinned = [run.unit for run in self.runs if run.pinned]
         self._constants = constants
         total = constants.span_bytes + sum(unit.span_bytes for unit in pinned)
@@ -200,7 +205,7 @@ class Window:
             buffer.release()
 
     def _read_pinned(self, file: int, offset: int, n_bytes: int, at: int) -> None:
-        self._store.read_into(file, offset, n_bytes, self._pinned.view, at)
+        self._loader.read_into(file, offset, n_bytes, self._pinned.view, at)
 
     def _raise(self) -> None:
         if self._failed is not None:

@@ -43,6 +43,10 @@ class Platform(Protocol):
         """Take the whole file out of the page cache, as far as the system has a way to."""
         ...
 
+    def cached_bytes(self, handle: int, offset: int, n_bytes: int) -> int:
+        """Return how many of the bytes are in the page cache; 0 where the system does not tell."""
+        ...
+
     def close(self, handle: int) -> None: ...
 
     def memory_counters(self) -> tuple[int, int, int, int]:
@@ -91,6 +95,9 @@ class PosixFiles:
     def identity(self, handle: int) -> tuple[int, int]:
         facts = os.fstat(handle)
         return facts.st_size, facts.st_mtime_ns
+
+    def cached_bytes(self, handle: int, offset: int, n_bytes: int) -> int:
+        return 0  # no portable way to ask
 
     def close(self, handle: int) -> None:
         os.close(handle)

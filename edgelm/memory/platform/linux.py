@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from edgelm.memory.platform.base import PosixFiles
 
 RWF_DONTCACHE = 0x80  # include/uapi/linux/fs.h, since 6.14; Python has no name for it yet
+CACHESTAT = 451  # the number of the system call everywhere, since 6.5
 _UNLIMITED = 1 << 60  # v1 writes "no limit" as the largest multiple of the page size
+
+
+@cache
+def _libc() -> Any:
+    return ctypes.CDLL(None)
 
 
 class Linux(PosixFiles):
@@ -35,6 +45,12 @@ class Linux(PosixFiles):
 
     def read(self, handle: int, view: memoryview, offset: int, *, uncached: bool = False) -> int:
         return os.preadv(handle, [view], offset, RWF_DONTCACHE if uncached else 0)
+
+    def cached_bytes(self, handle: int, offset: int, n_bytes: int) -> int:
+        wanted, found = (ctypes.c_uint64 * 2)(offset, n_bytes), (ctypes.c_uint64 * 5)()
+        if _libc().syscall(ctypes.c_long(CACHESTAT), handle, wanted, found, 0) != 0:
+            return 0  # older than Linux 6.5, or a file system that does not count
+        return min(int(found[0]) * mmap.PAGESIZE, n_bytes)
 
     def drop_cache(self, handle: int) -> None:
         # the whole file: large folios straddle a range, and those that straddle it would stay
