@@ -1,7 +1,7 @@
 """Every error that edgelm raises on purpose, as one tree.
 
 Each message is one sentence with a fact and a next step. Applications print it without a traceback;
-the command line maps each class to the exit code in `exit_code` (see docs/quickstart.md).
+the command line maps each class to the exit code in `exit_code` (see docs/cli.md).
 """
 
 from __future__ import annotations

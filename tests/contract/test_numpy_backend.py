@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from edgelm_numpy import BACKEND
 
 from edgelm.engine.backend import Backend
 from edgelm.testing.backend_contract import BackendContract
+from edgelm_numpy import BACKEND
 
 
 class TestNumpyBackend(BackendContract):

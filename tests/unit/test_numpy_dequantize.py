@@ -10,11 +10,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from edgelm_numpy.dequantize import TEMPORARY_BYTES, TYPES, dequantize
 
 from edgelm.errors import UnsupportedModel
 from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.testing.blocks import RANDOM_TYPES, random_weights
+from edgelm_numpy.dequantize import TEMPORARY_BYTES, TYPES, dequantize
 
 
 class _Traits(ctypes.Structure):
