@@ -104,9 +104,7 @@ def load(
     from edgelm.model import Model
     from edgelm.opening import open_engine
 
-    return Model(
-        open_engine(path, memory=memory, backend=backend, threads=threads, context=context, progress=progress)
-    )
+    return Model(open_engine(path, memory=memory, backend=backend, threads=threads, context=context, progress=progress))
 
 
 def __getattr__(name: str) -> Any:

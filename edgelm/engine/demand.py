@@ -105,9 +105,7 @@ class Demands(Sequence[Demand]):
         model = self._model
         windows = {layer.group: layer.window for layer in model.layers}
         places = {group: capacity(window, self._context, chunk) for group, window in windows.items()}
-        state = workspace_bytes(
-            width, chunk, self._max_outputs, model.n_vocab, model.embedding.row_bytes, places
-        )
+        state = workspace_bytes(width, chunk, self._max_outputs, model.n_vocab, model.embedding.row_bytes, places)
         return Demand(
             process_bytes=self._process_bytes,
             constants_bytes=model.constants.span_bytes,

@@ -149,7 +149,9 @@ class Engine:
             workspace.positions[:n_tokens] = np.arange(arena.n_past, arena.n_past + n_tokens)
             workspace.out_rows[:n_outputs] = np.arange(n_tokens - n_outputs, n_tokens)
             for group, cache in zip(self._groups, groups, strict=True):
-                arena.claim(group, n_tokens, workspace.places[group][:n_tokens], workspace.mask(group, n_tokens, cache.length))
+                arena.claim(
+                    group, n_tokens, workspace.places[group][:n_tokens], workspace.mask(group, n_tokens, cache.length)
+                )
             self._gather(ids)
             for step in steps:
                 if self._stop.is_set():
@@ -223,7 +225,9 @@ class Engine:
         located: list[_Address | None] = []
         weights = iter(placed.weights)
         for op in placed.segment.ops:  # the rows of the embedding are gathered apart
-            located.extend(None if op.kind == "embed" else find(weight) for weight in (next(weights) for _ in op.weights))
+            located.extend(
+                None if op.kind == "embed" else find(weight) for weight in (next(weights) for _ in op.weights)
+            )
         return tuple(located)
 
     def _gather(self, ids: Sequence[int]) -> None:

@@ -24,7 +24,7 @@ class LogitTile:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A pass: one segment for each run. `tiles` make up the logits; `last_write` is the last run that writes a cache."""
+    """A pass: one segment for each run. `tiles` make up the logits, `last_write` is the last run to write a cache."""
 
     segments: tuple[Placed, ...]
     tiles: tuple[LogitTile, ...]
@@ -47,7 +47,7 @@ def cut(trace: Trace, runs: Sequence[Unit]) -> Cut:
     current = 0
     for op in trace.ops:
         matrix = op.weights[0] if op.kind == "linear" else None
-        homes = pieces[matrix.tensor] if matrix else []
+        homes = pieces.get(matrix.tensor, []) if matrix else []  # a matrix of one row is a constant
         tail = op.kind in _ROWWISE and op.inputs[0] in tiled and _leads_to_logits(trace, op)
         if tail:
             tiled[op.output] = []

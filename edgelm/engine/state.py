@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,25 +87,23 @@ class Workspace:
         self._layout, self._n_rows, self._n_vocab = layout, n_rows, n_vocab
         self._buffer = Buffer(sum(sizes), huge=False)
         self.row_buffer = Buffer(span(PAGE - 1, row_bytes))
-        starts = np.cumsum([0, *sizes]).tolist()
+        starts = list(accumulate(sizes, initial=0))
         base = self._buffer.address
         self._values_address, self._logits_address, self.rows_address = (base + start for start in starts[:3])
         self.positions_address, self.out_rows_address = base + starts[3], base + starts[4]
         self._logits_start = starts[1]
-        self.positions = self._array(np.int32, starts[3], n_rows)
-        self.out_rows = self._array(np.int32, starts[4], n_outputs)
+        view = self._buffer.view
+        self.positions: NDArray[np.int32] = np.frombuffer(view, np.int32, n_rows, starts[3])
+        self.out_rows: NDArray[np.int32] = np.frombuffer(view, np.int32, n_outputs, starts[4])
         self.places: dict[int, NDArray[np.int64]] = {}
         self.places_addresses: dict[int, int] = {}
         self.mask_addresses: dict[int, int] = {}
         self._masks: dict[int, NDArray[np.float32]] = {}
         for i, (group, n_places) in enumerate(places.items()):
             start, mask = starts[5 + 2 * i], starts[6 + 2 * i]
-            self.places[group] = self._array(np.int64, start, n_rows)
-            self._masks[group] = self._array(np.float32, mask, n_rows * n_places)
+            self.places[group] = np.frombuffer(view, np.int64, n_rows, start)
+            self._masks[group] = np.frombuffer(view, np.float32, n_rows * n_places, mask)
             self.places_addresses[group], self.mask_addresses[group] = base + start, base + mask
-
-    def _array(self, dtype: type, start: int, n: int) -> NDArray[np.generic]:
-        return np.frombuffer(self._buffer.view, dtype, n, start)  # type: ignore[no-any-return]
 
     def address(self, value: int) -> int:
         """Return where a value that crosses segments lies, for passes of any width."""

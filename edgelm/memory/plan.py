@@ -123,7 +123,7 @@ class Plan:
             "budget_bytes": self.budget_bytes,
             "context": self.context,
             "chunk": self.chunk,
-            "items": {name: n_bytes for name, n_bytes in self.items()},
+            "items": dict(self.items()),
             "pass_bytes": self.pass_bytes,
             "pinned_bytes": self.pinned_bytes,
             "streamed_bytes_per_pass": self.streamed_bytes,
@@ -138,7 +138,8 @@ class Plan:
         width = max(len(name) for name, _ in self.items())
         lines = [f"budget {human(self.budget_bytes)}, context {self.context}, prompt passes of {self.chunk} tokens", ""]
         lines += [f"  {name:<{width}}  {human(n_bytes):>8}" for name, n_bytes in self.items()]
-        share = 100 * (1 - self.streamed_bytes / self.pass_bytes) if self.pass_bytes else 100.0
+        kept = sum(self.units[i].n_bytes for i in self.pinned)
+        share = 100 * kept / self.pass_bytes if self.pass_bytes else 100.0
         lines += ["", f"a pass uses {human(self.pass_bytes)} of weights: {share:.0f} % stay in memory, "]
         lines[-1] += f"{human(self.streamed_bytes)} are read from flash" if self.streamed else "nothing is streamed"
         if self.predicted_decode_tps:
@@ -169,9 +170,10 @@ def make_plan(
             return _finish(budget_bytes, context, demand, whole, frozenset(range(len(whole))), 0, 0, rates)
     smallest = demands[-1]
     slot = smallest_slot(matrices)
-    needed = smallest.total_bytes + (2 * slot if streams else all_bytes)
-    if budget_bytes < needed or not streams:
-        weights = ("two slots for streaming", 2 * slot) if streams else ("weights, all resident", all_bytes)
+    by_streaming = streams and 2 * slot < all_bytes
+    weights = ("two slots for streaming", 2 * slot) if by_streaming else ("weights, all resident", all_bytes)
+    needed = smallest.total_bytes + weights[1]
+    if budget_bytes < needed:
         raise BudgetTooSmall(budget_bytes, needed, (*smallest.items(), weights))
     demand = _choose_chunk(demands, budget_bytes, 2 * slot)
     weight_bytes = budget_bytes - demand.total_bytes

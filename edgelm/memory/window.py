@@ -48,6 +48,15 @@ def runs(plan: Plan) -> tuple[Run, ...]:
     return tuple(result)
 
 
+@dataclass(slots=True)
+class _Ahead:
+    """A run that a reader has begun to read into a slot. A slot each: one run may be read ahead for two passes."""
+
+    run: int
+    slot: int
+    done: bool = False
+
+
 class Window:
     """Weight memory of one model. `hold(i)` gives the address of run `i`, valid until `release(i)`.
 
@@ -76,10 +85,9 @@ class Window:
         self.wait_s = 0.0
         self._lock = threading.Condition()
         self._free = deque(range(plan.n_slots))
-        self._ahead: deque[int] = deque()  # runs asked for and not yet handed to a reader
-        self._taken: deque[int] = deque()  # runs a reader has begun or finished, in order, not yet held
-        self._ready: dict[int, int] = {}  # run -> slot
-        self._held: dict[int, int] = {}
+        self._asked: deque[int] = deque()  # runs not yet handed to a reader
+        self._ahead: deque[_Ahead] = deque()  # runs a reader has begun or finished, in order, not yet held
+        self._held: dict[int, int] = {}  # run -> slot
         self._failed: BaseException | None = None
         self._closed = False
         self._n_readers = n_readers
@@ -119,14 +127,14 @@ class Window:
                 try:
                     if cancelled is not None and cancelled():
                         raise Cancelled("loading was stopped")
-                    self._read_pinned(file, offset, n_bytes, at)
+                    self._store.read_into(file, offset, n_bytes, self._pinned.view, at)
+                    with self._lock:
+                        done += n_bytes
+                        if progress is not None:
+                            progress(done, total)
                 except BaseException as exc:
                     failures.append(exc)
                     return
-                with self._lock:
-                    done += n_bytes
-                    if progress is not None:
-                        progress(done, total)
 
         helpers = [threading.Thread(target=work, daemon=True) for _ in range(self._n_readers - 1)]
         for thread in helpers:
@@ -137,7 +145,7 @@ class Window:
         if failures:
             raise failures[0]
         if self.cycle:
-            self._ahead.extend(self.cycle)
+            self._asked.extend(self.cycle)
             for i in range(self._n_readers):
                 thread = threading.Thread(target=self._stream, name=f"edgelm-reader-{i}", daemon=True)
                 thread.start()
@@ -148,36 +156,37 @@ class Window:
 
         What was read ahead is kept if the pass begins with it, which every pass from the first block does.
         """
-        if not self.cycle:
-            return
+        if not order:
+            return  # the pass holds pinned runs only: what was read ahead is for the next one
         with self._lock:
-            pending = list(self._taken)
-            keep = len(pending) if pending == list(order[: len(pending)]) else 0
+            coming = [*order, *self.cycle]
+            pending = [ahead.run for ahead in self._ahead]
+            keep = len(pending) if pending == coming[: len(pending)] else 0
             if not keep:
-                while any(run not in self._ready for run in pending):  # let running reads finish
-                    self._lock.wait()
+                while not all(ahead.done for ahead in self._ahead):  # let running reads finish
                     self._raise()
-                for run in pending:
-                    self._free.append(self._ready.pop(run))
-                self._taken.clear()
-            self._ahead = deque([*order[keep:], *self.cycle])
+                    self._lock.wait()
+                self._free.extend(ahead.slot for ahead in self._ahead)
+                self._ahead.clear()
+            self._asked = deque(coming[keep:] or self.cycle)
             self._lock.notify_all()
 
     def hold(self, run: int) -> int:
-        """Return the address of the run's memory; waits until it is read."""
+        """Return the address of the run's memory; waits until it is read. Raises what the reader raised."""
         place = self._places.get(run)
         if place is not None:
             return self._pinned.address + place
         with self._lock:
-            if run not in self._ready:
+            if not self._is_read():
                 began = time.perf_counter()
-                while run not in self._ready:
+                while not self._is_read():
                     self._raise()
                     self._lock.wait()
                 self.wait_s += time.perf_counter() - began
-            self._taken.popleft()
-            slot = self._held[run] = self._ready.pop(run)
-            return self._slots.address + slot * self._slot_bytes
+            ahead = self._ahead.popleft()
+            assert ahead.run == run, f"run {run} is held, {ahead.run} was announced"
+            self._held[run] = ahead.slot
+            return self._slots.address + ahead.slot * self._slot_bytes
 
     def release(self, run: int) -> None:
         """Give the run's slot to the next read."""
@@ -204,8 +213,8 @@ class Window:
         for buffer in (self._pinned, self._slots):
             buffer.release()
 
-    def _read_pinned(self, file: int, offset: int, n_bytes: int, at: int) -> None:
-        self._loader.read_into(file, offset, n_bytes, self._pinned.view, at)
+    def _is_read(self) -> bool:
+        return bool(self._ahead) and self._ahead[0].done
 
     def _raise(self) -> None:
         if self._failed is not None:
@@ -214,18 +223,17 @@ class Window:
     def _stream(self) -> None:
         while True:
             with self._lock:
-                while not self._closed and not (self._free and self._ahead and self._failed is None):
+                while not self._closed and not (self._free and self._asked and self._failed is None):
                     self._lock.wait()
                 if self._closed:
                     return
-                run = self._ahead.popleft()
-                slot = self._free.popleft()
-                self._taken.append(run)
-                if not self._ahead:
-                    self._ahead.extend(self.cycle)
+                ahead = _Ahead(self._asked.popleft(), self._free.popleft())
+                self._ahead.append(ahead)
+                if not self._asked:
+                    self._asked.extend(self.cycle)
             try:
-                unit = self.runs[run].unit
-                base = slot * self._slot_bytes
+                unit = self.runs[ahead.run].unit
+                base = ahead.slot * self._slot_bytes
                 for read in unit.reads:
                     self._store.read_into(read.file, read.offset, read.n_bytes, self._slots.view, base + read.at)
             except BaseException as exc:
@@ -235,5 +243,5 @@ class Window:
                 return
             with self._lock:
                 self.bytes_streamed += unit.span_bytes
-                self._ready[run] = slot
+                ahead.done = True
                 self._lock.notify_all()
