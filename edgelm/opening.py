@@ -11,9 +11,10 @@ from os import PathLike, fspath
 
 from edgelm.engine.backend import Backend, Session
 from edgelm.engine.calibration import measured_rates
+from edgelm.engine.demand import CHUNKS
 from edgelm.engine.forward import Engine
 from edgelm.engine.health import choose
-from edgelm.engine.loading import Prepared, Request, build, prepare
+from edgelm.engine.loading import Prepared, Request, build, default_context, prepare
 from edgelm.errors import ConfigError
 from edgelm.files.gguf import ModelFile, open_model
 from edgelm.memory.meter import Meter
@@ -73,7 +74,8 @@ def open_engine(
         ready.session.close()
         ready.store.close()
         raise
-    return Opened(ready.file, ready.tokenizer, engine, ready.backend.name, ready.notes)
+    notes = (*ready.notes, *_concessions(ready.prepared.plan, ready.file, context))
+    return Opened(ready.file, ready.tokenizer, engine, ready.backend.name, notes)
 
 
 def plan(
@@ -131,3 +133,15 @@ def _budget(memory: str | int | None) -> tuple[int, tuple[str, ...]]:
     return budget, (
         f"no --memory given: {human(budget)} is the budget, {SPARE_SHARE:.0%} of the {human(available)} free here",
     )
+
+
+def _concessions(plan: Plan, file: ModelFile, context: int | None) -> tuple[str, ...]:
+    """Return what was given up to keep the budget, a sentence each."""
+    notes: list[str] = []
+    if plan.context < (wanted := context or default_context(file)):
+        notes.append(f"context shortened from {wanted} to {plan.context} tokens: the budget holds no more")
+    if plan.chunk < min(CHUNKS[0], plan.context):
+        notes.append(f"prompts are read in passes of {plan.chunk} tokens instead of {CHUNKS[0]}")
+    if plan.streamed:
+        notes.append(f"{human(plan.streamed_bytes)} of {human(plan.pass_bytes)} weights are read from flash each pass")
+    return tuple(notes)

@@ -197,7 +197,8 @@ class _Lowering:
         self._result(op, self._capped(self._matrix(op.inputs[0]), op.params))
 
     def _capped(self, x: int, cap: float) -> int:
-        return int(self.g.ggml_scale(self.ctx, self.g.ggml_tanh(self.ctx, self.g.ggml_scale(self.ctx, x, 1 / cap)), cap))
+        bounded = self.g.ggml_tanh(self.ctx, self.g.ggml_scale(self.ctx, x, 1 / cap))
+        return int(self.g.ggml_scale(self.ctx, bounded, cap))
 
     def _select(self, op: Op) -> None:
         rows = self._shared(("out_rows", 0), "1d", TYPE_I32, self.shape.n_outputs)
@@ -231,9 +232,7 @@ class _Lowering:
         assert isinstance(spec, AttendSpec)
         g, ctx, n_tokens = self.g, self.ctx, self.shape.n_tokens
         keys, values = self._write_cache(op, spec)
-        mask = self._shared(
-            ("masks", spec.group), "2d", TYPE_F32, self.shape.groups[spec.group].length, n_tokens
-        )
+        mask = self._shared(("masks", spec.group), "2d", TYPE_F32, self.shape.groups[spec.group].length, n_tokens)
         q = g.ggml_permute(ctx, self._heads(op.inputs[0], spec.n_heads), 0, 2, 1, 3)
         self._view(q, self.tensors[op.inputs[0]])
         scores = g.ggml_mul_mat(ctx, keys, q)

@@ -37,7 +37,7 @@ class GgmlSession:
             raise MemoryError("ggml has no scratch memory for this pass")
         after = self.ggml.ggml_gallocr_get_buffer_size(self.allocator, 0)
         # a grown buffer has moved, and with it the scratch of every program compiled before
-        assert after == before or self.reserved_bytes == 0, f"a program outgrew the reserved scratch: {before} -> {after}"
+        assert after == before or self.reserved_bytes == 0, f"a program outgrew its scratch: {before} -> {after}"
         return GgmlProgram(self, graph, segment, shape)
 
     def scratch_bytes(self, segment: Segment, shape: PassShape) -> int:

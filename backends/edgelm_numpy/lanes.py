@@ -19,7 +19,10 @@ from edgelm.errors import Cancelled
 
 
 class Lanes:
-    """`n` threads, the caller's among them, of which `active` work. `aborted` makes every running and later task raise `Cancelled`."""
+    """`n` threads, the caller's among them, of which `active` work.
+
+    `aborted` makes every running and later task raise `Cancelled`.
+    """
 
     def __init__(self, n: int) -> None:
         self.n = self.active = n

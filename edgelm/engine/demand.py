@@ -63,7 +63,8 @@ class Demands(Sequence[Demand]):
     def __init__(self, model: Model, session: Session, context: int, process_bytes: int, max_outputs: int) -> None:
         self._model, self._session, self._context = model, session, context
         self._process_bytes, self._max_outputs = process_bytes, max_outputs
-        self.chunks = tuple(chunk for chunk in CHUNKS if chunk <= max(context, 1))
+        # all rows whose logits are wanted come from one pass
+        self.chunks = tuple(chunk for chunk in CHUNKS if max_outputs <= chunk <= context)
         self._whole = place(model.trace.ops, model.trace.values, frozenset([model.trace.logits])).segment
         self._known: dict[int, Demand] = {}
 

@@ -18,7 +18,7 @@ from edgelm.engine.backend import Bindings, CacheGroup, PassShape, Program, Sess
 from edgelm.engine.ir import Placed, Segment, Trace, Weight
 from edgelm.engine.segments import Cut, cut
 from edgelm.engine.state import Layout, Workspace
-from edgelm.errors import Cancelled, ContextOverflow
+from edgelm.errors import Cancelled, ConfigError, ContextOverflow
 from edgelm.files.gguf import TensorInfo
 from edgelm.memory.arena import KVArena
 from edgelm.memory.plan import Plan
@@ -94,6 +94,7 @@ class Engine:
         self._segment_ids = [ids.setdefault(placed.segment, len(ids)) for placed in self._cut.segments]
         self._steps: OrderedDict[PassShape, list[_Step]] = OrderedDict()
         self._stop = threading.Event()
+        self._closed = False
         session.reserve(plan.demand.scratch_bytes)
 
     @property
@@ -116,11 +117,17 @@ class Engine:
 
         Passes take up to `plan.chunk` tokens; `progress` is called with the tokens done after each. The result is
         valid until the next call. Raises `ContextOverflow`, or `Cancelled` with the passes before still stored.
+        A closed engine counts as cancelled: a stream that was left half-way may still come back.
         """
+        if self._closed:
+            raise Cancelled("the model was closed")
         if not 1 <= n_outputs <= min(len(ids), self.max_outputs):
             raise ValueError(f"{n_outputs} rows of logits of {len(ids)} tokens; at most {self.max_outputs} are planned")
         if self.n_past + len(ids) > self.plan.context:
             raise ContextOverflow(self.n_past + len(ids), self.plan.context)
+        n_known = self._tensors[self._embedding].n_rows
+        if not 0 <= min(ids) <= max(ids) < n_known:
+            raise ConfigError(f"token ids must be in 0…{n_known - 1}, got {min(ids)}…{max(ids)}; use its tokenizer")
         chunk, done = self.plan.chunk, 0
         while len(ids) - done > chunk:
             # the rows whose logits are wanted must share the last pass
@@ -252,7 +259,10 @@ class Engine:
         return buffer.address + self._store.read_into(row.file, row.offset, row.n_bytes, buffer.view, 0)
 
     def close(self) -> None:
-        """Give all memory back and stop the threads."""
+        """Give all memory back and stop the threads. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
         self._steps.clear()
         self.window.close()
         self.arena.close()

@@ -56,7 +56,7 @@ def prepare(
     budget that works. If the caller left the context open it is halved, down to 512, before the budget is refused.
     """
     architecture = get_architecture(file.architecture)
-    context = request.context or min(_trained(file), DEFAULT_CONTEXT)
+    context = request.context or default_context(file)
     while True:
         model = describe(record(architecture, file, context), file.tensors)
         _check_types(model, backend)
@@ -119,8 +119,9 @@ def _settle(
     raise AssertionError("the demand of a plan does not settle")
 
 
-def _trained(file: ModelFile) -> int:
-    return Meta.of(file).int("context_length", default=DEFAULT_CONTEXT, least=1)
+def default_context(file: ModelFile) -> int:
+    """Return the context of a caller who asks for none: what the model was made for, within reason."""
+    return min(Meta.of(file).int("context_length", default=DEFAULT_CONTEXT, least=1), DEFAULT_CONTEXT)
 
 
 def _check_types(model: Model, backend: Backend) -> None:
