@@ -127,7 +127,7 @@ class Window:
                 try:
                     if cancelled is not None and cancelled():
                         raise Cancelled("loading was stopped")
-                    self._store.read_into(file, offset, n_bytes, self._pinned.view, at)
+                    self._loader.read_into(file, offset, n_bytes, self._pinned.view, at)
                     with self._lock:
                         done += n_bytes
                         if progress is not None:
