@@ -109,16 +109,19 @@ def _get_ready(
     file = open_model(fspath(path))
     chosen, notes = choose(file, backend)  # a trial run in a child, if any, comes before this process grows
     tokenizer = load_tokenizer(file)
-    session = chosen.open(n_threads)
+    budget_bytes, note = _budget(memory)
+    store, _ = open_store([str(part) for part in file.paths])
+    session: Session | None = None
     try:
-        budget_bytes, note = _budget(memory)
-        store, _ = open_store([str(part) for part in file.paths])
+        session = chosen.open(n_threads)
         rates = measured_rates(chosen, session, store, file, n_threads)
         trim()
         request = Request(budget_bytes, context, n_threads, max_outputs)
         prepared = prepare(file, chosen, session, request, Meter().sample().rss_bytes, rates)
     except BaseException:
-        session.close()
+        if session is not None:
+            session.close()
+        store.close()
         raise
     return _Ready(file, tokenizer, chosen, session, store, prepared, (*note, *notes))
 

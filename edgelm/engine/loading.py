@@ -16,6 +16,7 @@ from edgelm.files.meta import Meta
 from edgelm.memory.arena import KVArena
 from edgelm.memory.plan import Demand, Plan, Rates, make_plan
 from edgelm.memory.stores import Store
+from edgelm.memory.units import smallest_slot
 from edgelm.memory.window import Window
 
 DEFAULT_CONTEXT = 4096
@@ -35,6 +36,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.context is not None and self.context < MIN_CONTEXT:
             raise ConfigError(f"context must be at least {MIN_CONTEXT} tokens, got {self.context}")
+        if not 1 <= self.max_outputs <= MIN_CONTEXT:
+            raise ConfigError(f"max_outputs must be between 1 and {MIN_CONTEXT} rows of logits, got {self.max_outputs}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,18 +108,48 @@ def build(
 def _settle(
     model: Model, demands: Demands, budget_bytes: int, context: int, rates: Rates | None, streams: bool
 ) -> Plan:
-    """Plan, look at the segments that come of it, and plan again with what they need, until the two agree."""
-    plan = make_plan(model.matrices, demands, budget_bytes, context, rates, streams)
-    if not plan.streamed:
-        return plan
-    needed: Demand = replace(demands.measured(plan))
-    for _ in range(_ROUNDS):
-        plan = make_plan(model.matrices, [needed], budget_bytes, context, rates, streams)
-        found = demands.measured(plan)
-        if found.total_bytes <= needed.total_bytes and with_room(needed, found) == needed:
+    """Plan with guessed demands, then again with what the segments that come of it really need."""
+    chunks = range(len(demands) - 1, len(demands))
+    try:
+        plan = make_plan(model.matrices, demands, budget_bytes, context, rates, streams)
+        if not plan.streamed:
             return plan
-        needed = with_room(needed, found)
-    raise AssertionError("the demand of a plan does not settle")
+        chunks = range(demands.chunks.index(plan.chunk), len(demands))
+    except BudgetTooSmall:
+        if not streams:
+            raise
+    for i in chunks:
+        least = _least(model, demands, i, context, rates)
+        if least.planned_bytes <= budget_bytes:
+            return _agreed(model, demands, least, budget_bytes, rates)
+    weights = ("slots for streaming", least.slots_bytes) if least.streamed else ("weights", least.pinned_bytes)
+    raise BudgetTooSmall(budget_bytes, least.planned_bytes, (*least.demand.items(), weights))
+
+
+def _least(model: Model, demands: Demands, chunk: int, context: int, rates: Rates | None) -> Plan:
+    """Return the plan of the smallest budget that works with prompt passes of `demands.chunks[chunk]` tokens."""
+    slots_bytes = 2 * smallest_slot(model.matrices)
+    demand = demands[chunk]
+    plan = make_plan(model.matrices, [demand], demand.total_bytes + slots_bytes, context, rates)
+    if plan.streamed:
+        demand = demands.measured(plan)
+        plan = make_plan(model.matrices, [demand], demand.total_bytes + slots_bytes, context, rates)
+    return replace(plan, budget_bytes=plan.planned_bytes)
+
+
+def _agreed(model: Model, demands: Demands, least: Plan, budget_bytes: int, rates: Rates | None) -> Plan:
+    """Plan, look at the segments, and plan with what they need, until the two agree; `least` if they never do."""
+    needed: Demand = least.demand
+    for _ in range(_ROUNDS):
+        try:
+            plan = make_plan(model.matrices, [needed], budget_bytes, least.context, rates)
+        except BudgetTooSmall:
+            break
+        grown = with_room(needed, demands.measured(plan))
+        if grown == needed:
+            return plan
+        needed = grown
+    return replace(least, budget_bytes=budget_bytes)
 
 
 def default_context(file: ModelFile) -> int:

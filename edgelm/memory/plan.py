@@ -163,20 +163,22 @@ def make_plan(
     """
     whole = make_units(matrices, MAX_SLOT_BYTES)
     all_bytes = sum(unit.span_bytes for unit in whole)
-    for demand in demands:
-        if demand.chunk < RESIDENT_CHUNK and streams:
-            break
-        if demand.total_bytes + all_bytes <= budget_bytes:
-            return _finish(budget_bytes, context, demand, whole, frozenset(range(len(whole))), 0, 0, rates)
     smallest = demands[-1]
     slot = smallest_slot(matrices)
     by_streaming = streams and 2 * slot < all_bytes
+    for demand in demands:
+        if demand.chunk < RESIDENT_CHUNK and by_streaming:
+            break
+        if demand.total_bytes + all_bytes <= budget_bytes:
+            return _finish(budget_bytes, context, demand, whole, frozenset(range(len(whole))), 0, 0, rates)
     weights = ("two slots for streaming", 2 * slot) if by_streaming else ("weights, all resident", all_bytes)
     needed = smallest.total_bytes + weights[1]
     if budget_bytes < needed:
         raise BudgetTooSmall(budget_bytes, needed, (*smallest.items(), weights))
     demand = _choose_chunk(demands, budget_bytes, 2 * slot)
     weight_bytes = budget_bytes - demand.total_bytes
+    if all_bytes <= weight_bytes:
+        return _finish(budget_bytes, context, demand, whole, frozenset(range(len(whole))), 0, 0, rates)
     slot_bytes, n_slots = _slots(weight_bytes, slot)
     units = make_units(matrices, slot_bytes)
     slot_bytes = max(unit.span_bytes for unit in units)
