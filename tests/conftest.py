@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,12 @@ def _real_models() -> dict[str, Path]:
 
 
 REAL_MODELS = _real_models()
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the children of tests, also where a runner in the background has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
