@@ -12,10 +12,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from edgelm_models.cache import find
-from edgelm_models.catalogue import CATALOGUE
 
 from edgelm.sizes import parse_size
+from edgelm_models.cache import find
+from edgelm_models.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import click
 import pytest
-from edgelm_apps.cli import cli
 
 from edgelm.testing.backend_contract import BackendContract
+from edgelm_apps.cli import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
