@@ -18,7 +18,10 @@ async def iterate(make: Callable[[], Generator[Item, None, None]], cancel: Calla
     left = threading.Event()
 
     def put(item: Item | None, error: BaseException | None) -> None:
-        loop.call_soon_threadsafe(queue.put_nowait, (item, error))
+        try:
+            loop.call_soon_threadsafe(queue.put_nowait, (item, error))
+        except RuntimeError:  # the loop was closed before the stream: nobody listens any more
+            left.set()
 
     def work() -> None:
         try:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from edgelm.model import Model, Options
     from edgelm.text.messages import Message
     from edgelm.text.prompt import Prompt
+    from edgelm.turns import Turn
     from edgelm.usage import Chunk
 
 Overflow = Literal["error", "trim"]
@@ -37,22 +38,29 @@ class Chat:
 
     def stream(self, text: str, **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """Yield the answer to `text` piece by piece; see `Model.stream`."""
+        return self._answer(self._model.turns.ask(), text, options)
+
+    def _answer(self, turn: Turn, text: str, options: Options) -> Generator[Chunk, None, None]:
         asked: Message = {"role": "user", "content": text}
-        ids = self._fitting(asked, options.get("max_tokens"))
+        messages, ids = self._fitting(asked, options.get("max_tokens"))
         stops = options.get("stop", ())
         options["stop"] = [*([stops] if isinstance(stops, str) else stops), *self._model.template.stops]
         answer: list[str] = []
-        chunks = self._model.stream_ids(ids, **options)
-        done = False
+        chunks = self._model.stream_turn(turn, lambda: ids, options)
+        answered = False
         try:
             for chunk in chunks:
                 answer.append(chunk.text)
-                done = done or bool(answer)
+                # an answer may be empty, but one that was stopped before its first token is none
+                answered = answered or chunk.token_id is not None or chunk.finish_reason in ("stop", "length")
                 yield chunk
+        except Exception:
+            answered = False
+            raise
         finally:
             chunks.close()
-            if done:
-                self.messages += [asked, {"role": "assistant", "content": "".join(answer)}]
+            if answered:
+                self.messages[:] = [*messages, asked, {"role": "assistant", "content": "".join(answer)}]
 
     def render(self, text: str) -> str:
         """Return the prompt that `text` would lead to, as the model reads it."""
@@ -69,20 +77,19 @@ class Chat:
     def _render(self, messages: list[Message], asked: Message) -> Prompt:
         return self._model.template.render([*messages, asked])
 
-    def _fitting(self, asked: Message, max_tokens: int | None) -> list[int]:
-        """Return the ids of the prompt; under the policy `trim`, of as many of the newest turns as leave room."""
+    def _fitting(self, asked: Message, max_tokens: int | None) -> tuple[list[Message], list[int]]:
+        """Return what is kept of the messages, and the ids of the prompt.
+
+        Under the policy `trim`, as many of the newest turns are kept as leave room for an answer.
+        """
         context, encode = self._model.plan.context, self._model.tokenizer.encode_prompt
-        ids = encode(self._render(self.messages, asked))
-        if self._overflow == "error":
-            if len(ids) >= context:
-                raise ContextOverflow(len(ids), context)
-            return ids
-        room = min(max_tokens or ANSWER_TOKENS, context // 2)
         kept = list(self.messages)
-        while len(ids) + room > context and len(kept) > self._first_turn:
-            del kept[self._first_turn : self._first_turn + 2]  # a question and its answer
-            ids = encode(self._render(kept, asked))
+        ids = encode(self._render(kept, asked))
+        if self._overflow == "trim":
+            room = min(max_tokens or ANSWER_TOKENS, context // 2)
+            while len(ids) + room > context and len(kept) > self._first_turn:
+                del kept[self._first_turn : self._first_turn + 2]  # a question and its answer
+                ids = encode(self._render(kept, asked))
         if len(ids) >= context:
             raise ContextOverflow(len(ids), context)
-        self.messages = kept
-        return ids
+        return kept, ids

@@ -5,15 +5,14 @@ One model serves many threads: calls queue. Everything of ids is in `engine`, of
 
 from __future__ import annotations
 
-import threading
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, TypedDict, Unpack
 
 from edgelm.chat import Chat, Overflow
 from edgelm.engine.generate import Conversation, FinishReason, token_ids
-from edgelm.engine.sampling import Processor, Sampling, make_sampler
+from edgelm.engine.sampling import Processor, Sampler, Sampling, make_sampler
 from edgelm.errors import Cancelled, ConfigError
 from edgelm.files.gguf import ModelFile
 from edgelm.memory.meter import Meter
@@ -22,6 +21,7 @@ from edgelm.opening import Opened
 from edgelm.text.stops import StopMatcher
 from edgelm.text.template import ChatTemplate, chat_template_for
 from edgelm.text.tokenizer import Tokenizer
+from edgelm.turns import Turn, Turns
 from edgelm.usage import Chunk, Clock
 
 
@@ -46,6 +46,9 @@ class Options(TypedDict, total=False):
     seed: int | None
 
 
+_OWN_OPTIONS = ("max_tokens", "stop", "ignore_eos", "timeout_s", "processors")
+
+
 class Model:
     """A loaded model. Use it as a context manager, or call `close`.
 
@@ -59,10 +62,8 @@ class Model:
         self.backend: str = opened.backend
         self.notes: tuple[str, ...] = opened.notes
         self._conversation = Conversation(opened.engine)
-        self._queue = threading.Lock()
-        self._owner: int | None = None
+        self.turns = Turns(opened.engine.cancel)
         self._template: ChatTemplate | None = None
-        self._why: FinishReason = "cancelled"
         self._meter = Meter()
 
     @property
@@ -87,7 +88,7 @@ class Model:
         The last chunk has a `finish_reason`: "stop" (end token or stop string), "length", "cancelled", "timeout".
         Raises `ContextOverflow` if the prompt leaves no room for an answer.
         """
-        return self.stream_ids(self.tokenizer.encode(prompt), **options)
+        return self.stream_turn(self.turns.ask(), lambda: self.tokenizer.encode(prompt), options)
 
     def generate(self, prompt: str, **options: Unpack[Options]) -> str:
         """Return what follows `prompt`, without a chat template."""
@@ -99,65 +100,87 @@ class Model:
 
     def stream_ids(self, ids: Sequence[int], **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """Yield what follows a prompt given as ids; see `stream`."""
-        max_tokens = options.pop("max_tokens", None)
-        stop = options.pop("stop", ())
-        ignore_eos, timeout_s = options.pop("ignore_eos", False), options.pop("timeout_s", None)
-        processors = tuple(options.pop("processors", ()))
+        return self.stream_turn(self.turns.ask(), lambda: ids, options)
+
+    def stream_turn(
+        self, turn: Turn, encode: Callable[[], Sequence[int]], options: Options
+    ) -> Generator[Chunk, None, None]:
+        """Yield what follows the ids of `encode()`, as the turn `turn` of `turns`; see `stream`."""
+        given = dict(options)
+        max_tokens, timeout_s = options.get("max_tokens"), options.get("timeout_s")
+        stop = options.get("stop", ())
+        for name in _OWN_OPTIONS:
+            given.pop(name, None)
         if max_tokens is not None and max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
         if timeout_s is not None and timeout_s <= 0:
             raise ConfigError(f"timeout_s must be above 0 seconds, got {timeout_s}")
+        sampler = make_sampler(_sampling(given), tuple(options.get("processors", ())))
+        matcher = StopMatcher([stop] if isinstance(stop, str) else stop)
+        ids = encode()
         if not ids:
             raise ConfigError("the prompt is empty; give it at least one token")
-        sampler = make_sampler(_sampling(dict(options)), processors)
-        matcher = StopMatcher([stop] if isinstance(stop, str) else stop)
+        ends = frozenset[int]() if options.get("ignore_eos") else self.tokenizer.eos_ids
+        clock = Clock(self._engine, self._meter, self.backend, len(ids))
+        return self._run(turn, ids, sampler, matcher, max_tokens, ends, timeout_s, clock)
+
+    def _run(
+        self,
+        turn: Turn,
+        ids: Sequence[int],
+        sampler: Sampler,
+        matcher: StopMatcher,
+        max_tokens: int | None,
+        ends: frozenset[int],
+        timeout_s: float | None,
+        clock: Clock,
+    ) -> Generator[Chunk, None, None]:
+        decoder = self.tokenizer.incremental()
+        reason: FinishReason | None = None
         room = self.plan.context - len(ids) + 1  # the last token is sampled, not stored
-        limit = min(max_tokens or room, room) if room > 0 else 1
-        ends = frozenset[int]() if ignore_eos else self.tokenizer.eos_ids
-
-        def run() -> Generator[Chunk, None, None]:
-            clock = Clock(self._engine, self._meter, self.backend, len(ids))
-            decoder = self.tokenizer.incremental()
-            with self._turn(timeout_s):
+        try:
+            with self.turns.held(turn, timeout_s):
                 clock.started()
-                try:
-                    clock.prefilled(self._conversation.prefill(ids))
-                    tokens = token_ids(self._conversation, ids, sampler, max_tokens=limit, ends=ends)
-                    reason = None
-                    while reason is None:
-                        try:
-                            token = next(tokens)
-                        except StopIteration as end:
-                            reason = end.value
-                            continue
-                        clock.token()
-                        text = matcher.feed(decoder.feed(token))
-                        if matcher.stopped is not None:
-                            reason = "stop"
-                        yield Chunk(text, token, None, clock.usage())
-                except Cancelled:
-                    reason = self._why
-                rest = matcher.feed(decoder.flush()) + matcher.flush()
-                yield Chunk(rest, None, reason, clock.usage())
-
-        return run()
+                clock.prefilled(self._conversation.prefill(ids))
+                limit = min(max_tokens or room, room)
+                tokens = token_ids(self._conversation, ids, sampler, max_tokens=limit, ends=ends)
+                while reason is None:
+                    try:
+                        token = next(tokens)
+                    except StopIteration as end:
+                        reason = end.value
+                        continue
+                    clock.token()
+                    text = matcher.feed(decoder.feed(token))
+                    if matcher.stopped is not None:
+                        reason = "stop"
+                    chunk = Chunk(text, token, None, clock.usage())
+                    with self.turns.pause(turn):
+                        yield chunk
+        except Cancelled:
+            reason = turn.stopped or "cancelled"
+        rest = matcher.feed(decoder.flush()) + matcher.flush()
+        yield Chunk(rest, None, reason, clock.usage())
 
     async def astream(self, prompt: str, **options: Unpack[Options]) -> AsyncIterator[Chunk]:
         """Like `stream`, for asyncio: computes in a thread; leaving the loop or cancelling the task stops it."""
         from edgelm.aio import iterate
 
-        async for chunk in iterate(lambda: self.stream(prompt, **options), self.cancel):
+        turn = self.turns.ask()
+        stream = partial(self.stream_turn, turn, lambda: self.tokenizer.encode(prompt), options)
+        async for chunk in iterate(stream, partial(self.turns.cancel, turn)):
             yield chunk
 
     def cancel(self) -> None:
-        """Stop the running generation, from any thread, also while it reads the prompt."""
-        self._abort("cancelled")
+        """Stop every stream that was asked for until now: the running one, and those that wait or have not begun.
+
+        From any thread or signal handler. They end with a chunk whose `finish_reason` is "cancelled".
+        """
+        self.turns.cancel()
 
     def close(self) -> None:
-        """Give all memory back. A running generation is stopped first."""
-        self.cancel()
-        with self._queue:
-            self._engine.close()
+        """Give all memory back. Streams are stopped first; one that was left half-way ends when it is read again."""
+        self.turns.close(self._engine.close)
 
     def __enter__(self) -> Model:
         return self
@@ -166,31 +189,6 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _abort(self, why: FinishReason) -> None:
-        if self._owner is not None:
-            self._why = why
-            self._engine.cancel()
-
-    @contextmanager
-    def _turn(self, timeout_s: float | None) -> Iterator[None]:
-        """Wait for the model to be free, then hold it; a timeout counts from here."""
-        me = threading.get_ident()
-        if self._owner == me:
-            raise ConfigError("this thread is still reading another stream of the model; finish or close that first")
-        with self._queue:
-            self._engine.cancel(False)
-            self._owner = me
-            timer = threading.Timer(timeout_s, self._abort, ("timeout",)) if timeout_s else None
-            if timer is not None:
-                timer.daemon = True
-                timer.start()
-            try:
-                yield
-            finally:
-                self._owner = None
-                if timer is not None:
-                    timer.cancel()
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:

@@ -52,7 +52,7 @@ class Clock:
 
     def __init__(self, engine: Engine, meter: Meter, backend: str, prompt_tokens: int) -> None:
         self._engine, self._meter, self._backend = engine, meter, backend
-        self._prompt_tokens, self._computed, self._tokens = prompt_tokens, 0, 0
+        self._prompt_tokens, self._cached, self._computed, self._tokens = prompt_tokens, 0, 0, 0
         self._began = time.perf_counter()
         self._prefill_began = self._began
         self._prefill_s = self._first = self._last = 0.0
@@ -65,7 +65,7 @@ class Clock:
 
     def prefilled(self, computed: int) -> None:
         """The prompt is in the cache; `computed` of its tokens had to be computed."""
-        self._computed = computed
+        self._cached, self._computed = self._prompt_tokens - computed, computed
         self._prefill_s = time.perf_counter() - self._prefill_began
 
     def token(self) -> None:
@@ -79,7 +79,7 @@ class Clock:
         decode_s = self._last - self._first
         return Usage(
             prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._prompt_tokens - self._computed,
+            cached_tokens=self._cached,
             completion_tokens=self._tokens,
             ttft_s=self._first - self._began if self._tokens else 0.0,
             prefill_tps=self._computed / self._prefill_s if self._prefill_s else 0.0,
