@@ -22,9 +22,11 @@ from edgelm.memory.plan import Plan
 from edgelm.memory.platform import current_platform
 from edgelm.memory.platform.allocator import trim, tune_allocator
 from edgelm.memory.stores import Store, open_loader, open_store
-from edgelm.sizes import human, parse_size
+from edgelm.sizes import MB, human, parse_size
 from edgelm.text.tokenizer import Tokenizer, load_tokenizer
 
+MEASURING_BYTES = 100 * MB
+"""Memory that measuring the device may take where the budget has it: weights must not fit into a cache."""
 SPARE_SHARE = 0.8
 """Share of the available memory that a model without a stated budget may take: the rest is the device's margin."""
 
@@ -114,7 +116,8 @@ def _get_ready(
     session: Session | None = None
     try:
         session = chosen.open(n_threads)
-        rates = measured_rates(chosen, session, store, file, n_threads)
+        room = min(max(budget_bytes - platform.rss_bytes(), 0) // 2, MEASURING_BYTES)
+        rates = measured_rates(chosen, session, store, file, n_threads, limit_bytes=room)
         trim()
         request = Request(budget_bytes, context, n_threads, max_outputs)
         prepared = prepare(file, chosen, session, request, Meter().sample().rss_bytes, rates)

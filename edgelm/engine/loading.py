@@ -108,12 +108,18 @@ def build(
 def _settle(
     model: Model, demands: Demands, budget_bytes: int, context: int, rates: Rates | None, streams: bool
 ) -> Plan:
-    """Plan with guessed demands, then again with what the segments that come of it really need."""
+    """Plan with guessed demands, then again with what the segments that come of it really need.
+
+    Where that fails, the smallest slots are tried, chunk by chunk: that is the floor that an error names.
+    """
     chunks = range(len(demands) - 1, len(demands))
     try:
         plan = make_plan(model.matrices, demands, budget_bytes, context, rates, streams)
         if not plan.streamed:
             return plan
+        agreed = _agreed(model, demands, demands.measured(plan), budget_bytes, context, rates)
+        if agreed is not None:
+            return agreed
         chunks = range(demands.chunks.index(plan.chunk), len(demands))
     except BudgetTooSmall:
         if not streams:
@@ -121,7 +127,8 @@ def _settle(
     for i in chunks:
         least = _least(model, demands, i, context, rates)
         if least.planned_bytes <= budget_bytes:
-            return _agreed(model, demands, least, budget_bytes, rates)
+            roomy = _agreed(model, demands, least.demand, budget_bytes, context, rates)
+            return roomy or replace(least, budget_bytes=budget_bytes)
     weights = ("slots for streaming", least.slots_bytes) if least.streamed else ("weights", least.pinned_bytes)
     raise BudgetTooSmall(budget_bytes, least.planned_bytes, (*least.demand.items(), weights))
 
@@ -137,19 +144,20 @@ def _least(model: Model, demands: Demands, chunk: int, context: int, rates: Rate
     return replace(plan, budget_bytes=plan.planned_bytes)
 
 
-def _agreed(model: Model, demands: Demands, least: Plan, budget_bytes: int, rates: Rates | None) -> Plan:
-    """Plan, look at the segments, and plan with what they need, until the two agree; `least` if they never do."""
-    needed: Demand = least.demand
+def _agreed(
+    model: Model, demands: Demands, needed: Demand, budget_bytes: int, context: int, rates: Rates | None
+) -> Plan | None:
+    """Plan, look at the segments, and plan with what they need, until the two agree; None if they never do."""
     for _ in range(_ROUNDS):
         try:
-            plan = make_plan(model.matrices, [needed], budget_bytes, least.context, rates)
+            plan = make_plan(model.matrices, [needed], budget_bytes, context, rates)
         except BudgetTooSmall:
-            break
+            return None
         grown = with_room(needed, demands.measured(plan))
         if grown == needed:
             return plan
         needed = grown
-    return replace(least, budget_bytes=budget_bytes)
+    return None
 
 
 def default_context(file: ModelFile) -> int:

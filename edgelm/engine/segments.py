@@ -96,10 +96,8 @@ def _leads_to_logits(trace: Trace, op: Op) -> bool:
 
 
 def _place(ops: list[list[Op]], values: dict[int, Value], logits: frozenset[int]) -> tuple[Placed, ...]:
-    live = set(logits)
-    after: list[frozenset[int]] = []
-    for group in reversed(ops):
-        after.append(frozenset(live))
-        for op in group:
-            live.update(op.inputs)
-    return tuple(place(group, values, later) for group, later in zip(ops, reversed(after), strict=True))
+    last = {value: i for i, group in enumerate(ops) for op in group for value in op.inputs}
+    end = len(ops)
+    last.update(dict.fromkeys(logits, end))
+    crossing = (frozenset(op.output for op in group if last.get(op.output, -1) > i) for i, group in enumerate(ops))
+    return tuple(place(group, values, later) for group, later in zip(ops, crossing, strict=True))
