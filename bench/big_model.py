@@ -7,7 +7,7 @@ It talks nonsense, at the cost and with the memory of the real one. Weights are 
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,8 @@ def made() -> Path:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else default_path()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path, default=default_path())
+    target = parser.parse_args().file
     write(target)
     print(f"{target}: {target.stat().st_size:,} bytes")
