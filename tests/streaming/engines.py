@@ -1,0 +1,93 @@
+"""Engines of tiny models at exact budgets: the process counts nothing, so a budget is what the engine owns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from edgelm.engine import demand
+from edgelm.engine.forward import Engine
+from edgelm.engine.health import check
+from edgelm.engine.loading import Prepared, Request, build, prepare
+from edgelm.engine.registry import get_backend
+from edgelm.errors import BudgetTooSmall
+from edgelm.files.gguf import open_model
+from edgelm.memory import plan as planning
+from edgelm.memory.plan import Plan
+from edgelm.memory.stores import MemoryStore, Store
+from edgelm.sizes import GB
+
+BACKENDS = ("numpy", "llamacpp")
+CHUNK = 16
+
+
+@cache
+def _why_not(backend: str) -> str:
+    found = check(backend)
+    return "" if found.available else found.reason
+
+
+def need(backend: str) -> str:
+    """Return the backend's name, or skip the test where it does not work."""
+    if reason := _why_not(backend):
+        pytest.skip(f"backend {backend} is not available: {reason}")
+    return backend
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch, *chunks: int) -> None:
+    """Let slots be as small as tiny models need them to be, and prompt passes as wide as `chunks`."""
+    monkeypatch.setattr(planning, "MIN_SLOT_BYTES", 4096)
+    monkeypatch.setattr(demand, "CHUNKS", chunks or (CHUNK,))
+
+
+def prepared_at(
+    path: Path, budget_bytes: int, *, backend: str = "numpy", context: int = 64, max_outputs: int = 1
+) -> Prepared:
+    """Return the plan of a budget; the caller closes its session."""
+    chosen = get_backend(backend)
+    session = chosen.open(1)
+    try:
+        request = Request(budget_bytes, context, 1, max_outputs)
+        return prepare(open_model(path), chosen, session, request, 0, None)
+    except BaseException:
+        session.close()
+        raise
+
+
+def plan_at(path: Path, budget_bytes: int, backend: str = "numpy", context: int = 64, max_outputs: int = 1) -> Plan:
+    prepared = prepared_at(path, budget_bytes, backend=backend, context=context, max_outputs=max_outputs)
+    prepared.session.close()
+    return prepared.plan
+
+
+def budgets(path: Path, n: int = 5, backend: str = "numpy", context: int = 64, max_outputs: int = 1) -> list[int]:
+    """Return `n` budgets from the smallest that works to the smallest with which everything stays."""
+    with pytest.raises(BudgetTooSmall) as caught:
+        plan_at(path, 1, backend, context, max_outputs)
+    least = caught.value.needed_bytes
+    most = plan_at(path, GB, backend, context, max_outputs).planned_bytes
+    assert least < most
+    return [least + (most - least) * i // (n - 1) for i in range(n)]
+
+
+@contextmanager
+def engine_at(
+    path: Path,
+    budget_bytes: int,
+    *,
+    backend: str = "numpy",
+    context: int = 64,
+    max_outputs: int = 1,
+    wrap: Callable[[Store], Store] = lambda store: store,
+) -> Iterator[Engine]:
+    """Open an engine whose weights come from memory through `wrap`."""
+    prepared = prepared_at(path, budget_bytes, backend=backend, context=context, max_outputs=max_outputs)
+    engine = build(prepared, wrap(MemoryStore([path.read_bytes()])), max_outputs)
+    try:
+        yield engine
+    finally:
+        engine.close()
