@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 
 from edgelm.engine.backend import Backend, Session
 from edgelm.engine.calibration import measured_rates
@@ -16,7 +16,8 @@ from edgelm.engine.forward import Engine
 from edgelm.engine.health import choose
 from edgelm.engine.loading import Prepared, Request, build, default_context, prepare
 from edgelm.errors import ConfigError
-from edgelm.files.gguf import ModelFile, open_model
+from edgelm.files.gguf import ModelFile
+from edgelm.files.index import open_indexed
 from edgelm.memory.meter import Meter
 from edgelm.memory.plan import Plan
 from edgelm.memory.platform import current_platform
@@ -108,7 +109,7 @@ def _get_ready(
     platform = current_platform()
     n_threads = threads or platform.cores()
     tune_allocator()
-    file = open_model(fspath(path))
+    file = open_indexed(path)
     chosen, notes = choose(file, backend)  # a trial run in a child, if any, comes before this process grows
     tokenizer = load_tokenizer(file)
     budget_bytes, note = _budget(memory)

@@ -6,13 +6,14 @@ Only reads; knows no backend.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import platform
 import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+from edgelm.hashing import blake2b
 
 
 @cache
@@ -47,7 +48,7 @@ def machine_key() -> str:
 
 def digest(*facts: object) -> str:
     """Return a short hexadecimal key of these facts."""
-    return hashlib.blake2b("\0".join(map(str, facts)).encode(), digest_size=10).hexdigest()
+    return blake2b("\0".join(map(str, facts)).encode(), digest_size=10).hexdigest()
 
 
 @cache

@@ -6,7 +6,6 @@ Knows integers, strings and arrays; not what they mean.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 import sys
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from edgelm.errors import ModelFileError
 from edgelm.files.errors import BadHeader, TruncatedFile
 from edgelm.files.strings import StringArray
+from edgelm.hashing import blake2b
 from edgelm.sizes import human
 
 MAX_HEADER_BYTES = 256 * 2**20
@@ -39,7 +39,7 @@ class Cursor:
         self._window = b""
         self._at = 0  # the position inside the window
         self._read_bytes = 0  # how much of the file has been read: the end of the window
-        self._hash = hashlib.blake2b(digest_size=16)
+        self._hash = blake2b(digest_size=16)
         self._flags = _RWF_DONTCACHE if sys.platform == "linux" else 0
 
     def __enter__(self) -> Self:

@@ -5,7 +5,6 @@ Reads headers only, keeps no file open, and reads no weights.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
@@ -28,6 +27,7 @@ from edgelm.files.errors import (
 from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.header import Header, read_header
 from edgelm.files.sniff import HEAD_BYTES, check_magic
+from edgelm.hashing import blake2b
 
 MAX_PARTS = 65_535
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -94,7 +94,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         raise BadHeader(first.path, "the header does not name an architecture (general.architecture)")
-    digest = hashlib.blake2b(digest_size=16)
+    digest = blake2b(digest_size=16)
     for header in headers:
         digest.update(header.digest + header.file_bytes.to_bytes(8, "little"))
     return ModelFile(
