@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import closing
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-async def iterate(make: Callable[[], Generator[Item, None, None]], cancel: Callable[[], None]) -> AsyncIterator[Item]:
+async def iterate(
+    make: Callable[[], Generator[Item, None, None]], cancel: Callable[[], None]
+) -> AsyncGenerator[Item, None]:
     """Yield what `make()` yields. If the caller stops early, `cancel` is called and the thread is waited for."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[tuple[Item | None, BaseException | None]] = asyncio.Queue()

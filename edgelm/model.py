@@ -5,7 +5,8 @@ One model serves many threads: calls queue. Everything of ids is in `engine`, of
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from contextlib import aclosing
 from functools import partial
 from types import TracebackType
 from typing import Any, TypedDict, Unpack
@@ -162,14 +163,15 @@ class Model:
         rest = matcher.feed(decoder.flush()) + matcher.flush()
         yield Chunk(rest, None, reason, clock.usage())
 
-    async def astream(self, prompt: str, **options: Unpack[Options]) -> AsyncIterator[Chunk]:
+    async def astream(self, prompt: str, **options: Unpack[Options]) -> AsyncGenerator[Chunk, None]:
         """Like `stream`, for asyncio: computes in a thread; leaving the loop or cancelling the task stops it."""
         from edgelm.aio import iterate
 
         turn = self.turns.ask()
         stream = partial(self.stream_turn, turn, lambda: self.tokenizer.encode(prompt), options)
-        async for chunk in iterate(stream, partial(self.turns.cancel, turn)):
-            yield chunk
+        async with aclosing(iterate(stream, partial(self.turns.cancel, turn))) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     def cancel(self) -> None:
         """Stop every stream that was asked for until now: the running one, and those that wait or have not begun.
