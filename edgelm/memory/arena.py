@@ -19,6 +19,7 @@ LENGTH_STEP = 256
 """Passes see the cache in steps of this many places, so that a compiled pass serves for many tokens."""
 PLACE_STEP = 32
 ITEM_BYTES = 2
+_MASK_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,12 @@ class KVArena:
         held[places] = positions
         seen = held[: mask.shape[1]]
         window = self.windows[group]
-        for row, position in zip(mask, positions.tolist(), strict=True):
-            hidden = (seen > position) | (seen < (max(position - window + 1, 0) if window else 0))
-            row[:] = 0.0
-            row[hidden] = -np.inf
+        for start in range(0, n_tokens, _MASK_ROWS):  # in blocks: the comparisons need memory that nobody planned
+            last = positions[start : start + _MASK_ROWS, None]
+            first = np.maximum(last - window + 1, 0) if window else 0
+            block = mask[start : start + _MASK_ROWS]
+            block.fill(0.0)
+            np.copyto(block, -np.inf, where=(seen > last) | (seen < first))
 
     def advance(self, n_tokens: int) -> None:
         """Count the claimed positions as stored."""
