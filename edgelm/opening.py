@@ -5,6 +5,7 @@ The order matters: what stays in the process is loaded first and measured, then 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -26,6 +27,8 @@ from edgelm.memory.stores import Store, open_loader, open_store
 from edgelm.sizes import MB, human, parse_size
 from edgelm.text.tokenizer import Tokenizer, load_tokenizer
 
+TEMPLATE_BYTES = 6_500_000
+"""The template engine, which is imported when the first chat is rendered."""
 MEASURING_BYTES = 100 * MB
 """Memory that measuring the device may take where the budget has it: weights must not fit into a cache."""
 SPARE_SHARE = 0.8
@@ -121,13 +124,19 @@ def _get_ready(
         rates = measured_rates(chosen, session, store, file, n_threads, limit_bytes=room)
         trim()
         request = Request(budget_bytes, context, n_threads, max_outputs)
-        prepared = prepare(file, chosen, session, request, Meter().sample().rss_bytes, rates)
+        prepared = prepare(file, chosen, session, request, _process_bytes(file), rates)
     except BaseException:
         if session is not None:
             session.close()
         store.close()
         raise
     return _Ready(file, tokenizer, chosen, session, store, prepared, (*note, *notes))
+
+
+def _process_bytes(file: ModelFile) -> int:
+    """Return what the process takes before a model's memory, with what the first chat will still import."""
+    late = TEMPLATE_BYTES if "tokenizer.chat_template" in file.metadata and "jinja2" not in sys.modules else 0
+    return Meter().sample().rss_bytes + late
 
 
 def _budget(memory: str | int | None) -> tuple[int, tuple[str, ...]]:
