@@ -163,7 +163,6 @@ def make_plan(
     """
     whole = make_units(matrices, MAX_SLOT_BYTES)
     all_bytes = sum(unit.span_bytes for unit in whole)
-    smallest = demands[-1]
     slot = smallest_slot(matrices)
     by_streaming = streams and 2 * slot < all_bytes
     for demand in demands:
@@ -171,6 +170,7 @@ def make_plan(
             break
         if demand.total_bytes + all_bytes <= budget_bytes:
             return _finish(budget_bytes, context, demand, whole, frozenset(range(len(whole))), 0, 0, rates)
+    smallest = demands[-1]
     weights = ("two slots for streaming", 2 * slot) if by_streaming else ("weights, all resident", all_bytes)
     needed = smallest.total_bytes + weights[1]
     if budget_bytes < needed:
