@@ -73,6 +73,8 @@ def fixed(report: common.Report, name: str, model: Path, context: int, budget_by
         model=name,
         context=context,
         budget=common.mb(budget_bytes),
+        peak=common.mb(child.peak_bytes),
+        **{"peak held": child.peak_bytes <= budget_bytes},
         planned=common.mb(plan["fixed_bytes"]),
         measured=common.mb(child.peak_bytes - held),
         **{key: common.mb(value) for key, value in plan["items"].items()},

@@ -46,7 +46,9 @@ def _map(path: Path) -> Tables:
         # Read, not mapped: checking must not make all of it resident.
         if crc32_of(iter(lambda: file.read(_STEP_BYTES), b"")) != crc:
             raise BadTables("damaged")
-        return Tables(mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ))
+        tables = mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ)
+        tables[:: mmap.PAGESIZE]  # every page, now: memory is measured before a long prompt would touch them all
+        return Tables(tables)
 
 
 def _write(path: Path, chunks: list[bytes]) -> None:
