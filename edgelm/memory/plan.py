@@ -17,6 +17,8 @@ from edgelm.sizes import MB, human
 N_SLOTS = 4
 SLOT_SHARE = 0.0125
 """Share of the weight budget that one slot takes: four of them take 5 %."""
+CHUNK_SHARE = 0.04
+"""Share of the free budget that wider prompt passes may take from the weights: a few dozen tokens hide the reads."""
 RESIDENT_CHUNK = 16
 """Keeping everything is not worth prompt passes narrower than this."""
 MIN_SLOT_BYTES, MAX_SLOT_BYTES = 1 * MB, 8 * MB
@@ -157,8 +159,8 @@ def make_plan(
 ) -> Plan:
     """Return the plan for `matrices`, given in pass order.
 
-    `demands` lists the possible prompt chunks from the largest to the smallest: the first is taken that leaves 85 %
-    of what is not fixed to the weights, or with which everything fits; in need, the last. `streams=False`: all or
+    `demands` lists the possible prompt chunks from the largest to the smallest: the first is taken that costs at
+    most `CHUNK_SHARE` of what is not fixed, or with which everything fits; in need, the last. `streams=False`: all or
     nothing. Raises `BudgetTooSmall` with the smallest budget that works.
     """
     whole = make_units(matrices, MAX_SLOT_BYTES)
@@ -214,7 +216,7 @@ def _choose_chunk(demands: Sequence[Demand], budget_bytes: int, slots_bytes: int
     for demand in demands:
         free = budget_bytes - smallest.total_bytes
         extra = demand.total_bytes - smallest.total_bytes
-        if extra <= 0.15 * free and demand.total_bytes + slots_bytes <= budget_bytes:
+        if extra <= CHUNK_SHARE * free and demand.total_bytes + slots_bytes <= budget_bytes:
             return demand
     return smallest
 
