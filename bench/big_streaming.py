@@ -14,6 +14,7 @@ import big_model
 import common
 import limited
 
+DEFAULT = "llama.cpp, mmap and default (repacked) buffers"
 PROMPT = "Once upon a time, in a village by the sea,"
 
 
@@ -27,7 +28,7 @@ def turn(who: str, model: Path, limit_mb: int, tokens: int, threads: int, contex
     else:
         # a small batch, so that buffers for prompts do not take the memory that weights need
         spec = {"model": model, "prompts": [PROMPT], "max_tokens": tokens, "threads": threads, "context": context}
-        argv = common.side("peer", **spec, batch=32, plain_buffers=True)
+        argv = common.side("peer", **spec, batch=32, plain_buffers=who != DEFAULT)
     limited.evict_everything()
     inside = limited.run(argv, limit_mb * common.MB)
     if inside.exit_code != 0:
@@ -50,7 +51,7 @@ def main() -> None:
     )
     model = common.find_model(args.models[0]) if args.models else big_model.made()
     for limit_mb in args.limits:
-        turns: dict[str, list[dict[str, Any]]] = {"edgelm": [], "llama.cpp, mmap": []}
+        turns: dict[str, list[dict[str, Any]]] = {"edgelm": [], "llama.cpp, mmap": [], DEFAULT: []}
         for _ in range(args.rounds):
             for who, done in turns.items():
                 done.append(turn(who, model, limit_mb, args.tokens, args.threads, args.context))
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def _report(report: common.Report, model: Path, limit_mb: int, turns: dict[str, list[dict[str, Any]]]) -> None:
-    ids = [done.get("token_ids") for every in turns.values() for done in every]
+    reference = turns["edgelm"][0].get("token_ids")
     worked = {who: [done for done in every if "failed" not in done] for who, every in turns.items()}
     medians = {who: common.middle(d["decode_tps"] for d in every) if every else None for who, every in worked.items()}
     theirs = medians["llama.cpp, mmap"]
@@ -82,7 +83,7 @@ def _report(report: common.Report, model: Path, limit_mb: int, turns: dict[str, 
                 "major faults": int(common.middle(d["major_faults"] for d in every)),
                 "kills": sum(d["oom_kills"] for d in every),
                 "failed": len(every) - len(good),
-                "same ids": all(i == ids[0] for i in ids),
+                "same ids": all(done.get("token_ids") == reference for done in every),
                 "every": every,
             },
         )
