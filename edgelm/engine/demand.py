@@ -20,7 +20,7 @@ from edgelm.memory.plan import Demand, Plan
 from edgelm.memory.units import Unit, constants
 from edgelm.memory.window import runs
 
-CHUNKS = (512, 256, 128, 64, 32, 16, 8, 4, 1)
+CHUNKS = (512, 256, 128, 64, 32, 16, 8, 4)
 GRAPH_BYTES_PER_OP = 16_000
 """Compiled programs: tensors, graphs and the Python objects around them, for each recorded operation."""
 RESERVE_BYTES = 4_000_000

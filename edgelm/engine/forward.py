@@ -132,6 +132,8 @@ class Engine:
         while len(ids) - done > chunk:
             # the rows whose logits are wanted must share the last pass
             n_tokens = min(chunk, len(ids) - n_outputs - done)
+            if len(ids) - done - n_tokens == 1 and n_tokens > 2:
+                n_tokens -= 1  # kernels for one row add up in another order than those for several
             self._pass(ids[done : done + n_tokens], 1, final=False)
             done += n_tokens
             if progress is not None:
