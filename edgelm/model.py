@@ -9,21 +9,23 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Seque
 from contextlib import aclosing
 from functools import partial
 from types import TracebackType
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from edgelm.chat import Chat, Overflow
 from edgelm.engine.generate import Conversation, FinishReason, token_ids
 from edgelm.engine.sampling import Processor, Sampler, Sampling, make_sampler
 from edgelm.errors import Cancelled, ConfigError
-from edgelm.files.gguf import ModelFile
+from edgelm.files.model import ModelFile
 from edgelm.memory.meter import Meter
 from edgelm.memory.plan import Plan
 from edgelm.opening import Opened
 from edgelm.text.stops import StopMatcher
-from edgelm.text.template import ChatTemplate, chat_template_for
 from edgelm.text.tokenizer import Tokenizer
 from edgelm.turns import Turn, Turns
 from edgelm.usage import Chunk, Clock
+
+if TYPE_CHECKING:
+    from edgelm.chat import Chat, Overflow
+    from edgelm.text.template import ChatTemplate
 
 
 class Options(TypedDict, total=False):
@@ -80,6 +82,8 @@ class Model:
     def template(self) -> ChatTemplate:
         """The chat template of the file, or the fallback for it (its `notice` says which)."""
         if self._template is None:
+            from edgelm.text.template import chat_template_for
+
             self._template = chat_template_for(self._file, self.tokenizer)
         return self._template
 
@@ -97,6 +101,8 @@ class Model:
 
     def chat(self, system: str | None = None, *, overflow: Overflow = "error") -> Chat:
         """Return a new conversation. `overflow="trim"` drops the oldest turns when the context is full."""
+        from edgelm.chat import Chat
+
         return Chat(self, system, overflow)
 
     def stream_ids(self, ids: Sequence[int], **options: Unpack[Options]) -> Generator[Chunk, None, None]:

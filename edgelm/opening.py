@@ -17,8 +17,8 @@ from edgelm.engine.forward import Engine
 from edgelm.engine.health import choose
 from edgelm.engine.loading import Prepared, Request, build, default_context, prepare
 from edgelm.errors import ConfigError
-from edgelm.files.gguf import ModelFile
 from edgelm.files.index import open_indexed
+from edgelm.files.model import ModelFile
 from edgelm.memory.meter import Meter
 from edgelm.memory.plan import Plan
 from edgelm.memory.platform import current_platform

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgelm.engine.backend import PassShape
-from edgelm.engine.ir import AttendSpec, NormSpec, Op, RopeSpec, Segment
+from edgelm.engine.ir import AttendSpec, Columns, NormSpec, Op, RopeSpec, Segment
 from edgelm_llamacpp.ggml import ROPE_NEOX, ROPE_NORMAL, TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64, Ggml
 
 _STAND_IN = 1 << 40  # far from any real address, so that a forgotten binding faults instead of corrupting
@@ -172,7 +172,7 @@ class _Lowering:
         self._result(op, tensor)
 
     def _slice(self, op: Op) -> None:
-        assert isinstance(op.params, tuple)
+        assert isinstance(op.params, Columns)
         start, width = op.params
         info = self.segment.values[op.inputs[0]]
         x = self._matrix(op.inputs[0])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
-from edgelm.engine.ir import NormSpec, RopeSpec
+from edgelm.engine.ir import Columns, NormSpec, RopeSpec
 from edgelm_numpy.dequantize import Floats
 from edgelm_numpy.frame import Frame, Site, Step, at
 
@@ -38,7 +37,7 @@ def lower_concat(site: Site) -> Step:
 
 
 def lower_slice(site: Site) -> Step:
-    assert isinstance(site.op.params, tuple)
+    assert isinstance(site.op.params, Columns)
     start, width = site.op.params
 
     def run(frame: Frame) -> None:
@@ -118,7 +117,7 @@ def _pairs(x: Floats, spec: RopeSpec) -> tuple[Floats, Floats]:
 def _angles(frame: Frame, site: Site, spec: RopeSpec) -> tuple[Floats, Floats]:
     """Cosines and sines of the positions, float32 [n_tokens, 1, n_dims / 2], as ggml_rope_cache_init makes them."""
     factors = frame.vector(site.op.weights[0], site.first_weight) if site.op.weights else None
-    key = (replace(spec, n_heads=1), frame.bindings.weights[site.first_weight] if site.op.weights else None)
+    key = (spec._replace(n_heads=1), frame.bindings.weights[site.first_weight] if site.op.weights else None)
     if key in frame.memo:
         cos, sin = frame.memo[key]
         return cos, sin

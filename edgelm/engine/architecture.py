@@ -14,8 +14,8 @@ from typing import Protocol
 from edgelm.engine.ir import RopeSpec, Trace, Weight
 from edgelm.engine.ops import Ops, Tensor, Weights
 from edgelm.errors import UnsupportedModel
-from edgelm.files.gguf import ModelFile
 from edgelm.files.meta import Meta
+from edgelm.files.model import ModelFile
 
 MAX_LAYERS = 512
 MAX_HEADS = 4096

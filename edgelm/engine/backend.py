@@ -6,14 +6,13 @@ Importing a backend's module must not import its heavy library: `probe` and `ope
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from edgelm.engine.ir import Segment
 from edgelm.files.ggml_types import TensorType
 
 
-@dataclass(frozen=True, slots=True)
-class Availability:
+class Availability(NamedTuple):
     """Whether a backend can be used here; `reason` says why not, `version` what was found."""
 
     available: bool
@@ -21,16 +20,14 @@ class Availability:
     version: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Capabilities:
+class Capabilities(NamedTuple):
     """What a backend can do: the tensor types of its matrices, and whether weights may move between passes."""
 
     types: frozenset[TensorType]
     streams: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class CacheGroup:
+class CacheGroup(NamedTuple):
     """The cache of layers that share a window: `capacity` places allocated, the first `length` of them in use.
 
     Keys of a layer are float16 [head, place, dimension], values float16 [head, dimension, place], C order: with the
@@ -41,8 +38,7 @@ class CacheGroup:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class PassShape:
+class PassShape(NamedTuple):
     """What a program is compiled for: rows of the pass, rows whose logits are wanted, and the caches' extents."""
 
     n_tokens: int

@@ -22,7 +22,7 @@ from edgelm.engine.health import identity
 from edgelm.engine.ir import AttendSpec, NormSpec, Op, RopeSpec, Segment, Value, Weight
 from edgelm.engine.machine import digest, last_cache_bytes, machine_key
 from edgelm.files.ggml_types import TensorType, row_bytes
-from edgelm.files.gguf import ModelFile
+from edgelm.files.model import ModelFile
 from edgelm.memory.buffer import PAGE, Buffer
 from edgelm.memory.plan import Rates
 from edgelm.memory.stores import Store

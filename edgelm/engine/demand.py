@@ -13,7 +13,7 @@ from edgelm.engine.backend import CacheGroup, PassShape, Session
 from edgelm.engine.ir import Trace, place
 from edgelm.engine.segments import cut
 from edgelm.engine.state import ALIGN, FLOAT_BYTES, Layout, workspace_bytes
-from edgelm.files.gguf import TensorInfo
+from edgelm.files.model import TensorInfo
 from edgelm.memory.arena import LayerCache, cache_bytes, capacity
 from edgelm.memory.buffer import align_up
 from edgelm.memory.plan import Demand, Plan

@@ -19,7 +19,7 @@ from edgelm.engine.ir import Placed, Segment, Trace, Weight
 from edgelm.engine.segments import Cut, cut
 from edgelm.engine.state import Layout, Workspace
 from edgelm.errors import Cancelled, ConfigError, ContextOverflow
-from edgelm.files.gguf import TensorInfo
+from edgelm.files.model import TensorInfo
 from edgelm.memory.arena import KVArena
 from edgelm.memory.plan import Plan
 from edgelm.memory.stores import Store

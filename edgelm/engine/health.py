@@ -18,7 +18,7 @@ from edgelm.engine.backend import Availability, Backend
 from edgelm.engine.machine import digest, machine_key
 from edgelm.engine.registry import backend_names, get_backend
 from edgelm.errors import BackendUnavailable, UnsupportedModel
-from edgelm.files.gguf import ModelFile
+from edgelm.files.model import ModelFile
 
 TIMEOUT_S = 20.0
 DOUBT_S = 3600.0

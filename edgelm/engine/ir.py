@@ -2,14 +2,15 @@
 
 Values are matrices of float32, one row per token of the pass (`per == "token"`) or per row whose logits are
 wanted (`per == "output"`), `width` numbers a row. Weights are ggml tensors: `rows` rows of `width` weights.
-Knows no file, no memory and no backend.
+Knows no file, no memory and no backend. Named tuples, not dataclasses: thousands are made, compared and hashed while a
+model is opened, and the classes themselves cost a fifth to make.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from edgelm.files.ggml_types import TensorType
 
@@ -17,8 +18,7 @@ Per = Literal["token", "output"]
 Activation = Literal["silu", "gelu"]
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
+class Weight(NamedTuple):
     """Rows `first_row` … `first_row + rows - 1` of a tensor, each `width` weights of `type`.
 
     In a canonical segment `tensor` is empty: the address comes with the bindings.
@@ -31,22 +31,19 @@ class Weight:
     first_row: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
+class Value(NamedTuple):
     width: int
     per: Per
 
 
-@dataclass(frozen=True, slots=True)
-class NormSpec:
+class NormSpec(NamedTuple):
     """RMS norm over `width / groups` numbers at a time (`groups` > 1: a norm for each head)."""
 
     eps: float
     groups: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class RopeSpec:
+class RopeSpec(NamedTuple):
     """Rotary position embedding as ggml_rope_ext defines it (RoPE, arXiv:2104.09864; YaRN, arXiv:2309.00071).
 
     `neox`: pairs are (i, i + n_dims/2), otherwise (2i, 2i+1). `freq_scale` is 1 / the linear factor.
@@ -66,8 +63,7 @@ class RopeSpec:
     n_ctx_orig: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class AttendSpec:
+class AttendSpec(NamedTuple):
     """Causal attention of `n_heads` query heads over the cache of `layer`, which it first extends by k and v.
 
     `window` > 0: position p sees p - window + 1 … p. `softcap` > 0: scores become cap * tanh(score / cap)
@@ -85,11 +81,15 @@ class AttendSpec:
     group: int = 0
 
 
-Params = NormSpec | RopeSpec | AttendSpec | float | str | tuple[int, int] | None
+class Columns(NamedTuple):
+    start: int
+    width: int
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
+Params = NormSpec | RopeSpec | AttendSpec | Columns | float | str | None
+
+
+class Op(NamedTuple):
     """One operation. `kind` decides what `inputs`, `weights` and `params` mean:
 
     | kind     | inputs    | weights          | params              | output                                    |
@@ -98,7 +98,7 @@ class Op:
     | rms_norm | x         | [scale]          | NormSpec            | x / rms(x) * scale                        |
     | linear   | x         | matrix, [bias]   |                     | x W^T + bias                              |
     | concat   | tiles     |                  |                     | columns side by side                      |
-    | slice    | x         |                  | (start, width)      | some columns of x                         |
+    | slice    | x         |                  | Columns             | some columns of x                         |
     | add, mul | a, b      |                  |                     | elementwise                               |
     | gate     | g, u      |                  | "silu" or "gelu"    | act(g) * u (gelu: the tanh form)          |
     | scale    | x         |                  | float               | x * float                                 |
@@ -115,8 +115,7 @@ class Op:
     params: Params = None
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A run of operations in canonical form: equal segments differ only in what they are bound to.
 
     Value ids count up from 0 in order of appearance, weights carry no names, layers count up from 0.
@@ -132,8 +131,7 @@ class Segment:
     n_layers: int
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(NamedTuple):
     """A segment and what its canonical names stand for in the model."""
 
     segment: Segment
@@ -179,7 +177,7 @@ def place(ops: Iterable[Op], values: Mapping[int, Value], live_after: frozenset[
         made.add(op.output)
         params = op.params
         if isinstance(params, AttendSpec):
-            params = replace(params, layer=layers.setdefault(params.layer, len(layers)))
+            params = params._replace(layer=layers.setdefault(params.layer, len(layers)))
         weights.extend(op.weights)
         canonical.append(
             Op(

@@ -11,8 +11,8 @@ from edgelm.engine.demand import Demands, Model, describe, with_room
 from edgelm.engine.forward import Engine
 from edgelm.engine.registry import get_architecture
 from edgelm.errors import BudgetTooSmall, ConfigError, UnsupportedModel
-from edgelm.files.gguf import ModelFile
 from edgelm.files.meta import Meta
+from edgelm.files.model import ModelFile
 from edgelm.memory.arena import KVArena
 from edgelm.memory.plan import Demand, Plan, Rates, make_plan
 from edgelm.memory.stores import Store

@@ -6,11 +6,11 @@ An architecture is written once, on opaque tensors; shapes are checked here beca
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from edgelm.engine.ir import Activation, AttendSpec, NormSpec, Op, Params, Per, RopeSpec, Trace, Value, Weight
+from edgelm.engine.ir import Activation, AttendSpec, Columns, NormSpec, Op, Params, Per, RopeSpec, Trace, Value, Weight
 from edgelm.errors import UnsupportedModel
-from edgelm.files.gguf import TensorInfo
+from edgelm.files.model import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Ops:
         """Columns `start` … `start + width - 1`."""
         if start < 0 or width <= 0 or start + width > x.width:
             raise UnsupportedModel(f"columns {start}…{start + width} are outside rows of {x.width}")
-        return self._add("slice", (x,), width, x.per, (), (start, width))
+        return self._add("slice", (x,), width, x.per, (), Columns(start, width))
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return self._pair("add", a, b)
@@ -127,7 +127,7 @@ class Ops:
         ):
             raise UnsupportedModel(f"attention of {spec} does not fit q, k, v of {q.width}, {k.width}, {v.width}")
         group = self._windows.setdefault(spec.window, len(self._windows))
-        spec = replace(spec, group=group)
+        spec = spec._replace(group=group)
         return self._add("attend", (q, k, v), spec.n_heads * spec.head_dim_v, "token", (), spec)
 
     def select(self, x: Tensor) -> Tensor:

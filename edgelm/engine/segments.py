@@ -7,14 +7,13 @@ a later operation needs the whole. Pure.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from edgelm.engine.ir import Op, Placed, Trace, Value, Weight, place
 from edgelm.memory.units import Part, Unit
 
 
-@dataclass(frozen=True, slots=True)
-class LogitTile:
+class LogitTile(NamedTuple):
     """Logits `first` … `first + width - 1` are the value `value`."""
 
     value: int
@@ -22,8 +21,7 @@ class LogitTile:
     width: int
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(NamedTuple):
     """A pass: one segment for each run. `tiles` make up the logits, `last_write` is the last run to write a cache."""
 
     segments: tuple[Placed, ...]
@@ -53,7 +51,7 @@ def cut(trace: Trace, runs: Sequence[Unit]) -> Cut:
             tiled[op.output] = []
             for i, tile in tiled.pop(op.inputs[0]):
                 value = _new(values, tile.width, values[op.output])
-                ops[i].append(replace(op, inputs=(tile.value,), output=value))
+                ops[i].append(op._replace(inputs=(tile.value,), output=value))
                 tiled[op.output].append((i, LogitTile(value, tile.first, tile.width)))
             continue
         for value in op.inputs:
@@ -67,7 +65,7 @@ def cut(trace: Trace, runs: Sequence[Unit]) -> Cut:
         for i, part in homes:
             value = _new(values, part.rows, values[op.output])
             weights = tuple(_rows(weight, part, whole=matrix) for weight in op.weights)
-            ops[i].append(replace(op, output=value, weights=weights))
+            ops[i].append(op._replace(output=value, weights=weights))
             tiled[op.output].append((i, LogitTile(value, part.first_row, part.rows)))
             current = i
     tiles = tuple(tile for _, tile in tiled.get(trace.logits, ()))
@@ -84,9 +82,9 @@ def _new(values: dict[int, Value], width: int, like: Value) -> int:
 
 def _rows(weight: Weight, part: Part, whole: Weight | None) -> Weight:
     if weight is whole:
-        return replace(weight, first_row=part.first_row, rows=part.rows)
+        return weight._replace(first_row=part.first_row, rows=part.rows)
     # a bias is one row; its columns go with the rows of the matrix
-    return replace(weight, first_row=part.first_row, width=part.rows)
+    return weight._replace(first_row=part.first_row, width=part.rows)
 
 
 def _leads_to_logits(trace: Trace, op: Op) -> bool:

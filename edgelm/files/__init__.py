@@ -21,16 +21,18 @@ if TYPE_CHECKING:
         TruncatedFile,
     )
     from edgelm.files.ggml_types import TensorType, row_bytes
-    from edgelm.files.gguf import ModelFile, TensorInfo, open_model
+    from edgelm.files.gguf import open_model
     from edgelm.files.meta import Meta
+    from edgelm.files.model import ModelFile, TensorInfo
     from edgelm.files.strings import StringArray
 
 _HOMES = {
     "errors": "BadHeader BadTensor DuplicatePart MismatchedPart MissingPart NotAModelFile NotFirstPart "
     "SplitFileError TruncatedFile",
     "ggml_types": "TensorType row_bytes",
-    "gguf": "ModelFile TensorInfo open_model",
+    "gguf": "open_model",
     "meta": "Meta",
+    "model": "ModelFile TensorInfo",
     "strings": "StringArray",
 }
 

@@ -9,10 +9,8 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from edgelm.errors import ModelFileError, ModelNotFound
 from edgelm.files.cursor import Cursor
@@ -24,61 +22,14 @@ from edgelm.files.errors import (
     NotAModelFile,
     NotFirstPart,
 )
-from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.header import Header, read_header
+from edgelm.files.model import ModelFile, TensorInfo
 from edgelm.files.sniff import HEAD_BYTES, check_magic
 from edgelm.hashing import blake2b
 
 MAX_PARTS = 65_535
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _BINARY: int = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where a tensor lies. `shape` is in ggml's order, the fastest dimension (a row's length) first."""
-
-    name: str
-    type: TensorType
-    shape: tuple[int, ...]
-    file: int
-    """Index into `ModelFile.paths`."""
-    offset: int
-    """Absolute, in bytes, in that file."""
-    n_bytes: int
-
-    @property
-    def n_rows(self) -> int:
-        """Rows of `shape[0]` weights each."""
-        return self.n_bytes // self.row_bytes
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return row_bytes(self.type, self.shape[0])
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFile:
-    """A model's header. Holds no open file, so the files may be opened by whoever reads the weights.
-
-    `metadata` has Python scalars, NumPy arrays of numbers, and `StringArray`s. `tensors` is in file order.
-    `header_bytes` counts the headers of all parts. `fingerprint` is a hex key of the headers and the sizes of the
-    files: equal for a copy elsewhere; two files that differ in weights alone have the same one.
-    """
-
-    paths: tuple[Path, ...]
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
-    architecture: str
-    header_bytes: int
-    file_bytes: tuple[int, ...]
-    fingerprint: str
-
-    @property
-    def total_tensor_bytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(info.n_bytes for info in self.tensors.values())
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:

@@ -14,7 +14,7 @@ from typing import Any
 
 from edgelm.cachedir import cache_dir, read_json, write_json
 from edgelm.files.ggml_types import TensorType
-from edgelm.files.gguf import ModelFile, TensorInfo, open_model
+from edgelm.files.model import ModelFile, TensorInfo
 from edgelm.hashing import blake2b
 
 VERSION = 1
@@ -32,6 +32,8 @@ def open_indexed(path: str | os.PathLike[str]) -> ModelFile:
                 return _restored(kept)
         except (OSError, KeyError, TypeError, ValueError, IndexError):
             pass  # moved, or not ours: the header itself decides
+    from edgelm.files.gguf import open_model  # the parser: a model known from before does without
+
     model = open_model(first)
     write_json(place, _kept(model))
     return model
@@ -51,6 +53,8 @@ class _LazyMetadata(Mapping[str, Any]):
         if key not in self._arrays:
             raise KeyError(key)
         if self._whole is None:
+            from edgelm.files.gguf import open_model
+
             self._whole = open_model(self._path).metadata
         return self._whole[key]
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from edgelm.errors import ModelFileError, UnsupportedModel
-from edgelm.files.gguf import ModelFile
+from edgelm.files.model import ModelFile
 
 # inside the class the usual names are methods
 Int: TypeAlias = int

@@ -8,7 +8,7 @@ positions and bytes, no model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,7 @@ ITEM_BYTES = 2
 _MASK_ROWS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class LayerCache:
+class LayerCache(NamedTuple):
     """What one layer stores. Layers of one `group` share a `window` (0: everything) and so their places."""
 
     group: int

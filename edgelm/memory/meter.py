@@ -5,13 +5,12 @@ Only measures. The peak is that of the whole process and is never reset here: th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from edgelm.memory.platform import Platform, current_platform
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryUsage:
+class MemoryUsage(NamedTuple):
     """One sample. `peak_bytes` is the process' largest resident size so far, `anon_bytes` what no file backs."""
 
     rss_bytes: int

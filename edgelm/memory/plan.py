@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgelm.errors import BudgetTooSmall, ConfigError
-from edgelm.files.gguf import TensorInfo
+from edgelm.files.model import TensorInfo
 from edgelm.memory.units import Unit, make_units, smallest_slot
 from edgelm.sizes import MB, human
 

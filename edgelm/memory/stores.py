@@ -9,8 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from edgelm.errors import ConfigError, ModelFileError
 from edgelm.files.errors import TruncatedFile
@@ -273,8 +272,7 @@ class ThrottledStore:
         self._store.close()
 
 
-@dataclass(frozen=True, slots=True)
-class ReadCounts:
+class ReadCounts(NamedTuple):
     """What went through a store. `read_bytes` are whole blocks from flash, `wanted_bytes` what was asked for.
 
     `read_s` adds up over threads; `busy_s` is the time in which at least one read was under way.

@@ -7,9 +7,9 @@ constants, which are always resident. Knows shapes and places in files; reads no
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from edgelm.files.gguf import TensorInfo
+from edgelm.files.model import TensorInfo
 from edgelm.memory.buffer import PAGE
 from edgelm.memory.stores import span
 
@@ -17,8 +17,7 @@ ROW_STEP = 32
 """Matrices are cut at multiples of this many rows: kernels work on panels of rows and must not see other edges."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Rows of one tensor: `n_bytes` at `offset` of file number `file`."""
 
     tensor: str
@@ -29,8 +28,7 @@ class Part:
     n_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """One request to a store: the bytes land in the unit's memory from `at` on, at `at + offset % 4096`."""
 
     file: int
@@ -39,8 +37,7 @@ class Read:
     at: int
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(NamedTuple):
     """Parts in pass order and the reads that fetch them. `span_bytes`: the memory they need, `n_bytes`: the payload."""
 
     parts: tuple[Part, ...]

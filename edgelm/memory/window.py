@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from edgelm.errors import Cancelled
 from edgelm.memory.buffer import Buffer
@@ -23,8 +24,7 @@ LOAD_BYTES = 8 << 20
 """Pinned runs are loaded in pieces of this size, so that several threads share a large one and progress is seen."""
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """A stretch of the pass: one streamed unit, or neighbouring pinned units as one."""
 
     unit: Unit

@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -30,7 +29,7 @@ N_TOKENS = (1, 2, 7, 33)
 TILED_TYPES = (TensorType.F32, TensorType.Q4_0, TensorType.Q8_0, TensorType.Q4_K, TensorType.Q6_K)
 ATTEND = AttendSpec(layer=0, n_heads=6, n_kv_heads=2, head_dim_k=32, head_dim_v=64, scale=0.18)
 ROPE = RopeSpec(n_heads=3, n_dims=32, neox=True, base=10000.0)
-YARN = replace(ROPE, base=500000.0, freq_scale=0.25, ext_factor=1.0, attn_factor=0.9, n_ctx_orig=64)
+YARN = ROPE._replace(base=500000.0, freq_scale=0.25, ext_factor=1.0, attn_factor=0.9, n_ctx_orig=64)
 
 
 def nmse(ours: Floats, expected: reference.Exact) -> float:
@@ -154,11 +153,11 @@ class BackendContract:
         [
             (ROPE, False),
             (ROPE, True),
-            (replace(ROPE, neox=False), False),
-            (replace(ROPE, n_dims=16, freq_scale=0.125), False),
-            (replace(ROPE, n_dims=16, neox=False), True),
+            (ROPE._replace(neox=False), False),
+            (ROPE._replace(n_dims=16, freq_scale=0.125), False),
+            (ROPE._replace(n_dims=16, neox=False), True),
             (YARN, False),
-            (replace(YARN, neox=False, ext_factor=0.5), True),
+            (YARN._replace(neox=False, ext_factor=0.5), True),
         ],
     )
     def test_rope(self, session: Session, n: int, spec: RopeSpec, factors: bool) -> None:
@@ -173,7 +172,7 @@ class BackendContract:
     @pytest.mark.parametrize("n", N_TOKENS)
     @pytest.mark.parametrize(
         "spec",
-        [ATTEND, replace(ATTEND, softcap=3.0), replace(ATTEND, window=9), replace(ATTEND, n_kv_heads=6)],
+        [ATTEND, ATTEND._replace(softcap=3.0), ATTEND._replace(window=9), ATTEND._replace(n_kv_heads=6)],
         ids=["plain", "softcap", "window", "no sharing"],
     )
     def test_attend(self, session: Session, n: int, spec: AttendSpec) -> None:
@@ -212,7 +211,7 @@ class BackendContract:
         for _ in range(6):
             cuts = [0, *sorted(rng.choice(possible, 4, replace=False).tolist()), rows]
             parts = [
-                recording.ops.linear(x, replace(matrix, first_row=start, rows=stop - start))
+                recording.ops.linear(x, matrix._replace(first_row=start, rows=stop - start))
                 for start, stop in pairwise(cuts)
             ]
             tiles = recording.run(session, parts)

@@ -18,7 +18,8 @@ from edgelm.engine.backend import Bindings, CacheGroup, PassShape, Session
 from edgelm.engine.ir import AttendSpec, Placed, Trace, Weight, place
 from edgelm.engine.registry import get_architecture, get_backend
 from edgelm.errors import ContextOverflow
-from edgelm.files.gguf import ModelFile, open_model
+from edgelm.files.gguf import open_model
+from edgelm.files.model import ModelFile
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]

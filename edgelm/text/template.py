@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import TemplateError
-from edgelm.text.build import ModelHeader
 from edgelm.text.fallbacks import FALLBACKS, PLAIN, Fallback, with_system_folded
 from edgelm.text.messages import Guard, Message, checked_messages, texts_of
 from edgelm.text.prompt import Prompt
 from edgelm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from edgelm.text.build import ModelHeader
     from edgelm.text.sandbox import Sandbox
 
 _STRUCTURAL = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)

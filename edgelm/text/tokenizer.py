@@ -8,14 +8,17 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgelm.text.build import ModelHeader, build_tables
 from edgelm.text.cache import cached_tables
 from edgelm.text.encoders import ByteLevelEncoder, Encoder, RawPairEncoder, ScoreEncoder
 from edgelm.text.pretokenize import pre_tokenizer
 from edgelm.text.prompt import Prompt
 from edgelm.text.special import SpecialTexts
 from edgelm.text.tables import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Tables
+
+if TYPE_CHECKING:
+    from edgelm.text.build import ModelHeader
 
 
 def load_tokenizer(model: ModelHeader, *, cache_dir: Path | None = None) -> Tokenizer:
@@ -24,7 +27,13 @@ def load_tokenizer(model: ModelHeader, *, cache_dir: Path | None = None) -> Toke
     Its tables are built on first use and mapped from `cache_dir` afterwards (default: under `$EDGELM_CACHE` or the
     user's cache folder). Raises `UnsupportedModel` for a kind of tokenizer that edgelm does not have.
     """
-    return Tokenizer(cached_tables(model.fingerprint, lambda: build_tables(model.metadata), cache_dir))
+
+    def build() -> list[bytes]:
+        from edgelm.text.build import build_tables
+
+        return build_tables(model.metadata)
+
+    return Tokenizer(cached_tables(model.fingerprint, build, cache_dir))
 
 
 class Tokenizer:

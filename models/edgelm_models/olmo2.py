@@ -5,8 +5,6 @@ OLMo 3 has three sliding layers to each full one; they keep plain positions wher
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from edgelm.engine.architecture import ModelConfig, rope_spec, sliding_windows
 from edgelm.engine.ir import AttendSpec, RopeSpec
 from edgelm.engine.ops import Ops, Tensor, Weights
@@ -41,4 +39,4 @@ def block(ops: Ops, w: Weights, x: Tensor, layer: int, window: int, cfg: ModelCo
 
 def _rope(cfg: ModelConfig, n_heads: int, window: int) -> RopeSpec:
     spec = rope_spec(cfg, n_heads, neox=True)
-    return replace(spec, freq_scale=1.0, ext_factor=0.0, attn_factor=1.0) if window else spec
+    return spec._replace(freq_scale=1.0, ext_factor=0.0, attn_factor=1.0) if window else spec

@@ -16,7 +16,7 @@ import pytest
 from edgelm.errors import Cancelled, ModelFileError
 from edgelm.files.errors import TruncatedFile
 from edgelm.files.ggml_types import TensorType
-from edgelm.files.gguf import TensorInfo
+from edgelm.files.model import TensorInfo
 from edgelm.memory import plan as planning
 from edgelm.memory.buffer import PAGE
 from edgelm.memory.plan import Demand, Plan, make_plan

@@ -10,8 +10,9 @@ import pytest
 
 from edgelm.cachedir import cache_dir
 from edgelm.errors import EdgeLMError
-from edgelm.files import gguf, index
+from edgelm.files import gguf
 from edgelm.files.index import open_indexed
+from edgelm.files.model import ModelFile
 from edgelm.testing import tiny_model
 
 
@@ -20,13 +21,13 @@ def model(tmp_path: Path) -> Path:
     return tiny_model(tmp_path / "tiny.gguf", "gemma3")
 
 
-def refuse(path: object) -> gguf.ModelFile:
+def refuse(path: object) -> ModelFile:
     raise AssertionError(f"{path} was read again")
 
 
 def test_the_second_opening_reads_no_header(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = open_indexed(model)
-    monkeypatch.setattr(index, "open_model", refuse)
+    monkeypatch.setattr(gguf, "open_model", refuse)
     again = open_indexed(model)
     assert dict(again.tensors) == dict(whole.tensors)
     assert (again.fingerprint, again.architecture, again.paths) == (whole.fingerprint, whole.architecture, whole.paths)

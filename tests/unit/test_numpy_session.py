@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import tracemalloc
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,7 +120,7 @@ def test_a_program_beyond_the_reserve_is_refused() -> None:
 def test_an_unknown_operation_is_named() -> None:
     recording = Recording(1)
     segment, shape = recording.segment([recording.ops.scale(recording.value(8), 2.0)])
-    strange = replace(segment, ops=(Op("convolve", (0,), 1),))
+    strange = segment._replace(ops=(Op("convolve", (0,), 1),))
     session = BACKEND.open(1)
     with pytest.raises(UnsupportedModel, match="convolve"):
         session.compile(strange, shape)

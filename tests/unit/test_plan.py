@@ -11,7 +11,7 @@ from test_units import matrices
 
 from edgelm.errors import BudgetTooSmall, ConfigError
 from edgelm.files.ggml_types import TensorType
-from edgelm.files.gguf import TensorInfo
+from edgelm.files.model import TensorInfo
 from edgelm.memory import plan as planning
 from edgelm.memory.buffer import PAGE
 from edgelm.memory.plan import Demand, Plan, Rates, make_plan, spread

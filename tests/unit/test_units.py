@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgelm.files.ggml_types import TensorType, row_bytes
-from edgelm.files.gguf import TensorInfo
+from edgelm.files.model import TensorInfo
 from edgelm.memory.buffer import PAGE
 from edgelm.memory.stores import span
 from edgelm.memory.units import ROW_STEP, Unit, constants, make_unit, make_units, merge, part_of, smallest_slot

@@ -1,0 +1,59 @@
+"""What the header of a model says, as values: where each tensor lies, and the metadata.
+
+Knows no file format, so that a model known from before is opened without the code that parses one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edgelm.files.ggml_types import TensorType, row_bytes
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor lies. `shape` is in ggml's order, the fastest dimension (a row's length) first."""
+
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]
+    file: int
+    """Index into `ModelFile.paths`."""
+    offset: int
+    """Absolute, in bytes, in that file."""
+    n_bytes: int
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of `shape[0]` weights each."""
+        return self.n_bytes // self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return row_bytes(self.type, self.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A model's header. Holds no open file, so the files may be opened by whoever reads the weights.
+
+    `metadata` has Python scalars, NumPy arrays of numbers, and `StringArray`s. `tensors` is in file order.
+    `header_bytes` counts the headers of all parts. `fingerprint` is a hex key of the headers and the sizes of the
+    files: equal for a copy elsewhere; two files that differ in weights alone have the same one.
+    """
+
+    paths: tuple[Path, ...]
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    architecture: str
+    header_bytes: int
+    file_bytes: tuple[int, ...]
+    fingerprint: str
+
+    @property
+    def total_tensor_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(info.n_bytes for info in self.tensors.values())
