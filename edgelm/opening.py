@@ -73,7 +73,7 @@ def open_engine(
     ready = _get_ready(path, memory, backend, threads, context, max_outputs)
     try:
         loader = open_loader([str(part) for part in ready.file.paths], ready.store)
-        engine = build(ready.prepared, ready.store, max_outputs, loader, progress)
+        engine = build(ready.prepared, ready.store, loader, progress)
         if loader is not ready.store:
             loader.close()
     except BaseException:

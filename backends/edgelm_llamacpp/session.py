@@ -51,9 +51,9 @@ class GgmlSession:
         return size.value + work
 
     def reserve(self, scratch_bytes: int) -> None:
-        if scratch_bytes <= self.reserved_bytes:
-            return
         g = self.ggml
+        g.ggml_gallocr_free(self.allocator)  # an allocator never gives back what it has reserved once
+        self.allocator = g.ggml_gallocr_new(g.ggml_backend_cpu_buffer_type())
         context = g.context(2, 8)
         graph = g.ggml_new_graph_custom(context, 8, False)
         source = g.ggml_new_tensor_1d(context, TYPE_F32, scratch_bytes // 4 + 1)

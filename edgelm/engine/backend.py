@@ -87,7 +87,7 @@ class Session(Protocol):
         """Bytes of temporary memory that this segment needs at this shape, beyond what is bound. Allocates nothing."""
 
     def reserve(self, scratch_bytes: int) -> None:
-        """Promise that no compiled program will need more scratch memory than this."""
+        """Promise that no program will need more scratch memory than this. Programs from before are not run again."""
 
     def use_threads(self, n_threads: int) -> None:
         """Compute later passes with this many threads, at most those that the session was opened with."""

@@ -60,11 +60,21 @@ def describe(trace: Trace, tensors: Mapping[str, TensorInfo]) -> Model:
 class Demands(Sequence[Demand]):
     """The demand of each chunk, from the largest to the smallest, computed when asked for."""
 
-    def __init__(self, model: Model, session: Session, context: int, process_bytes: int, max_outputs: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        session: Session,
+        context: int,
+        process_bytes: int,
+        max_outputs: int,
+        kept: tuple[int, int] | None = None,
+    ) -> None:
+        """`kept`: the chunk that a cache which exists already was made for, and its bytes."""
         self._model, self._session, self._context = model, session, context
-        self._process_bytes, self._max_outputs = process_bytes, max_outputs
+        self._process_bytes, self._max_outputs, self._kept = process_bytes, max_outputs, kept
+        widest = min(context, kept[0]) if kept else context
         # all rows whose logits are wanted come from one pass
-        self.chunks = tuple(chunk for chunk in CHUNKS if max_outputs <= chunk <= context)
+        self.chunks = tuple(chunk for chunk in CHUNKS if max_outputs <= chunk <= widest)
         self._whole = place(model.trace.ops, model.trace.values, frozenset([model.trace.logits])).segment
         self._known: dict[int, Demand] = {}
 
@@ -91,7 +101,8 @@ class Demands(Sequence[Demand]):
     def shape(self, chunk: int) -> PassShape:
         """Return the largest pass of this chunk: every cache in full view."""
         windows = {layer.group: layer.window for layer in self._model.layers}
-        places = (capacity(windows[group], self._context, chunk) for group in sorted(windows))
+        cached = self._kept[0] if self._kept else chunk
+        places = (capacity(windows[group], self._context, cached) for group in sorted(windows))
         return PassShape(chunk, min(chunk, self._max_outputs), tuple(CacheGroup(n, n) for n in places))
 
     def measured(self, plan: Plan) -> Demand:
@@ -105,12 +116,13 @@ class Demands(Sequence[Demand]):
     def _demand(self, chunk: int, scratch_bytes: int, width: int) -> Demand:
         model = self._model
         windows = {layer.group: layer.window for layer in model.layers}
-        places = {group: capacity(window, self._context, chunk) for group, window in windows.items()}
+        cached, kv_bytes = self._kept or (chunk, cache_bytes(model.layers, self._context, chunk))
+        places = {group: capacity(window, self._context, cached) for group, window in windows.items()}
         state = workspace_bytes(width, chunk, self._max_outputs, model.n_vocab, model.embedding.row_bytes, places)
         return Demand(
             process_bytes=self._process_bytes,
             constants_bytes=model.constants.span_bytes,
-            kv_bytes=cache_bytes(model.layers, self._context, chunk),
+            kv_bytes=kv_bytes,
             chunk=chunk,
             scratch_bytes=scratch_bytes,
             state_bytes=state,

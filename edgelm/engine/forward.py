@@ -8,23 +8,25 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.engine.backend import Bindings, CacheGroup, PassShape, Program, Session
-from edgelm.engine.ir import Placed, Segment, Trace, Weight
+from edgelm.engine.demand import Model
+from edgelm.engine.ir import Placed, Segment, Weight
 from edgelm.engine.segments import Cut, cut
 from edgelm.engine.state import Layout, Workspace
 from edgelm.errors import Cancelled, ConfigError, ContextOverflow
 from edgelm.files.model import TensorInfo
 from edgelm.memory.arena import KVArena
+from edgelm.memory.pinned import PinnedWeights
 from edgelm.memory.plan import Plan
 from edgelm.memory.stores import Store
-from edgelm.memory.units import Unit, part_of
-from edgelm.memory.window import Window
+from edgelm.memory.units import part_of
+from edgelm.memory.window import N_READERS, Window
 
 WIDE_TOKENS = 8
 """Passes of at least this many tokens are bound by compute even where weights stream."""
@@ -34,10 +36,10 @@ MAX_SHAPES = 3
 
 @dataclass(frozen=True, slots=True)
 class _Address:
-    """Where a weight of a run lies: `constant` ones in the window's constants, others in the run's memory."""
+    """Where a weight lies: `fixed` ones for good, others at a distance from where their run is held."""
 
-    constant: bool
-    offset: int
+    fixed: bool
+    at: int
 
 
 @dataclass(slots=True)
@@ -54,48 +56,75 @@ class Engine:
 
     def __init__(
         self,
-        trace: Trace,
-        tensors: Mapping[str, TensorInfo],
+        model: Model,
         plan: Plan,
-        window: Window,
-        constants: Unit,
+        pinned: PinnedWeights,
         arena: KVArena,
         store: Store,
         session: Session,
         n_threads: int,
         max_outputs: int = 1,
     ) -> None:
-        self.plan, self.window, self.arena, self.session = plan, window, arena, session
-        self._tensors, self._store, self._constants = tensors, store, constants
-        self._cut: Cut = cut(trace, [run.unit for run in window.runs])
-        self._layout = Layout.of(self._cut)
+        """`load` must be called before the first pass."""
+        self.arena, self.session, self.max_outputs = arena, session, max_outputs
+        self._model, self._tensors, self._pinned, self._store = model, model.tensors, pinned, store
+        self._n_threads = n_threads
         self._groups = tuple(sorted(arena.windows))
-        self._embedding = next(op.weights[0].tensor for op in trace.ops if op.kind == "embed")
-        self.n_vocab = self._cut.values[trace.logits].width
+        self._embedding = model.embedding
+        self.n_vocab = model.n_vocab
+        self._steps: OrderedDict[PassShape, list[_Step]] = OrderedDict()
+        self._stop = threading.Event()
+        self._closed = False
+        self.plan, self.window = plan, Window(store, plan)
+        self._prepare(plan)
+
+    def load(
+        self,
+        loader: Store | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        """Read what the plan pins, through `loader` (the engine's own store by default), and begin to stream."""
+        parts = [part for i in sorted(self.plan.pinned) for part in self.plan.units[i].parts]
+        self._pinned.keep([*self._model.constants.parts, *parts], loader or self._store, N_READERS, progress, cancelled)
+        self.window.start()
+
+    def carry_out(self, plan: Plan) -> None:
+        """Go over to another plan between two passes. What it does not pin is given back first; the cache stays."""
+        before = self.window
+        before.close()
+        self._steps.clear()  # programs hold on to scratch memory and addresses
+        self.workspace.close()
+        self.plan, self.window = plan, Window(self._store, plan)
+        self.window.bytes_streamed, self.window.wait_s = before.bytes_streamed, before.wait_s
+        self._prepare(plan)
+        self.load()
+
+    def _prepare(self, plan: Plan) -> None:
+        """Cut the model at the edges of the plan's runs and lay out what passes between the segments."""
+        trace, arena = self._model.trace, self.arena
+        self._cut: Cut = cut(trace, [run.unit for run in self.window.runs])
+        self._layout = Layout.of(self._cut)
         self.workspace = Workspace(
             self._layout,
             n_rows=plan.chunk,
-            n_outputs=max_outputs,
+            n_outputs=self.max_outputs,
             n_vocab=self.n_vocab,
-            row_bytes=tensors[self._embedding].row_bytes,
+            row_bytes=self._embedding.row_bytes,
             places={group: arena.capacities[group] for group in self._groups},
         )
-        self.max_outputs, self._n_threads = max_outputs, n_threads
-        # where rows of the embedding are pinned as the head: run, offset, first row, rows
+        # rows of the embedding that are pinned as the head
         self._table = [
-            (i, run.unit.offset_of(part), part.first_row, part.rows)
-            for i, run in enumerate(window.runs)
+            (part.first_row, part.first_row + part.rows)
+            for run in self.window.runs
             if run.pinned
             for part in run.unit.parts
-            if part.tensor == self._embedding
+            if part.tensor == self._embedding.name
         ]
         self._weights = [self._locate(i, placed) for i, placed in enumerate(self._cut.segments)]
         ids: dict[Segment, int] = {}  # equal segments share a program; hashing a whole model at every pass would not do
         self._segment_ids = [ids.setdefault(placed.segment, len(ids)) for placed in self._cut.segments]
-        self._steps: OrderedDict[PassShape, list[_Step]] = OrderedDict()
-        self._stop = threading.Event()
-        self._closed = False
-        session.reserve(plan.demand.scratch_bytes)
+        self.session.reserve(plan.demand.scratch_bytes)
 
     @property
     def n_past(self) -> int:
@@ -125,7 +154,7 @@ class Engine:
             raise ValueError(f"{n_outputs} rows of logits of {len(ids)} tokens; at most {self.max_outputs} are planned")
         if self.n_past + len(ids) > self.plan.context:
             raise ContextOverflow(self.n_past + len(ids), self.plan.context)
-        n_known = self._tensors[self._embedding].n_rows
+        n_known = self._embedding.n_rows
         if not 0 <= min(ids) <= max(ids) < n_known:
             raise ConfigError(f"token ids must be in 0…{n_known - 1}, got {min(ids)}…{max(ids)}; use its tokenizer")
         chunk, done = self.plan.chunk, 0
@@ -165,8 +194,10 @@ class Engine:
             for step in steps:
                 if self._stop.is_set():
                     raise Cancelled("the generation was stopped")
-                address = self.window.hold(step.run)
-                step.program.run(step.bindings or self._bind(step, address))
+                if step.bindings is not None:
+                    step.program.run(step.bindings)
+                    continue
+                step.program.run(self._bind(step, self.window.hold(step.run)))
                 self.window.release(step.run)
         except BaseException:
             self.window.reset()
@@ -197,18 +228,19 @@ class Engine:
                 tuple(self.workspace.output(value, self._cut.tiles, shape.n_outputs) for value in placed.outputs),
             )
             if self.window.runs[run].pinned:
-                step.bindings = self._bind(step, self.window.hold(run))
+                step.bindings = self._bind(step, 0)
             steps.append(step)
         self._steps[shape] = steps
         return steps
 
     def _bind(self, step: _Step, address: int) -> Bindings:
-        workspace, placed, base = self.workspace, self._cut.segments[step.run], self.window.constants_address
+        """Bind a step whose weights stay, or are held at `address`."""
+        workspace, placed = self.workspace, self._cut.segments[step.run]
         return Bindings(
             step.inputs,
             step.outputs,
             tuple(
-                workspace.rows_address if at is None else (base if at.constant else address) + at.offset
+                workspace.rows_address if at is None else at.at if at.fixed else address + at.at
                 for at in self._weights[step.run]
             ),
             tuple(self.arena.keys[layer] for layer in placed.layers),
@@ -220,14 +252,16 @@ class Engine:
         )
 
     def _locate(self, run: int, placed: Placed) -> tuple[_Address | None, ...]:
-        unit = self.window.runs[run].unit
+        unit, pinned = self.window.runs[run].unit, self.window.runs[run].pinned
         starts = {part.tensor: (unit.offset_of(part), part.first_row) for part in unit.parts}
-        constants = {part.tensor: self._constants.offset_of(part) for part in self._constants.parts}
 
-        def find(weight: Weight) -> _Address | None:
+        def find(weight: Weight) -> _Address:
             info = self._tensors[weight.tensor]
-            if weight.tensor in constants:
-                return _Address(True, constants[weight.tensor] + weight.first_row * info.row_bytes // info.shape[0])
+            if info.n_rows == 1:  # of a bias, some columns may be meant
+                offset = info.offset + weight.first_row * info.row_bytes // info.shape[0]
+                return _Address(True, self._pinned.address(info.file, offset))
+            if pinned:
+                return _Address(True, self._pinned.address(info.file, info.offset + weight.first_row * info.row_bytes))
             at, first = starts[weight.tensor]
             return _Address(False, at + (weight.first_row - first) * info.row_bytes)
 
@@ -241,7 +275,7 @@ class Engine:
 
     def _gather(self, ids: Sequence[int]) -> None:
         """Fetch the embedding rows of `ids`: from pinned weights where the head shares them, else from flash."""
-        info, workspace = self._tensors[self._embedding], self.workspace
+        info, workspace = self._embedding, self.workspace
         done: dict[int, int] = {}
         for i, token in enumerate(ids):
             target = workspace.rows_address + i * info.row_bytes
@@ -250,9 +284,8 @@ class Engine:
             done[token] = target
 
     def _resident_row(self, token: int, info: TensorInfo) -> int | None:
-        for run, offset, first, rows in self._table:
-            if first <= token < first + rows:
-                return self.window.hold(run) + offset + (token - first) * info.row_bytes
+        if any(first <= token < stop for first, stop in self._table):
+            return self._pinned.address(info.file, info.offset + token * info.row_bytes)
         return None
 
     def _read_row(self, token: int, info: TensorInfo) -> int:
@@ -267,6 +300,7 @@ class Engine:
         self._closed = True
         self._steps.clear()
         self.window.close()
+        self._pinned.close()
         self.arena.close()
         self.workspace.close()
         self.session.close()

@@ -14,10 +14,10 @@ from edgelm.errors import BudgetTooSmall, ConfigError, UnsupportedModel
 from edgelm.files.meta import Meta
 from edgelm.files.model import ModelFile
 from edgelm.memory.arena import KVArena
+from edgelm.memory.pinned import PinnedWeights
 from edgelm.memory.plan import Demand, Plan, Rates, make_plan
 from edgelm.memory.stores import Store
 from edgelm.memory.units import smallest_slot
-from edgelm.memory.window import Window
 
 DEFAULT_CONTEXT = 4096
 MIN_CONTEXT = 16
@@ -47,7 +47,11 @@ class Prepared:
     model: Model
     plan: Plan
     session: Session
-    n_threads: int
+    request: Request
+    file_bytes: tuple[int, ...]
+    process_bytes: int
+    rates: Rates | None
+    streams: bool
 
 
 def prepare(
@@ -60,13 +64,14 @@ def prepare(
     """
     architecture = get_architecture(file.architecture)
     context = request.context or default_context(file)
+    streams = backend.capabilities().streams
     while True:
         model = describe(record(architecture, file, context), file.tensors)
         _check_types(model, backend)
         demands = Demands(model, session, context, process_bytes, request.max_outputs)
         try:
-            plan = _settle(model, demands, request.budget_bytes, context, rates, backend.capabilities().streams)
-            return Prepared(model, plan, session, request.n_threads)
+            plan = _settle(model, demands, request.budget_bytes, context, rates, streams)
+            return Prepared(model, plan, session, request, file.file_bytes, process_bytes, rates, streams)
         except BudgetTooSmall:
             if request.context is not None or context <= 512:
                 raise
@@ -76,33 +81,41 @@ def prepare(
 def build(
     prepared: Prepared,
     store: Store,
-    max_outputs: int = 1,
     loader: Store | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Engine:
     """Allocate what the plan says and read the pinned weights. The engine owns `store` and the session from here."""
-    model, plan = prepared.model, prepared.plan
-    window = Window(store, plan, model.constants, loader=loader)
+    model, plan, request = prepared.model, prepared.plan, prepared.request
+    pinned = PinnedWeights(prepared.file_bytes)
+    arena: KVArena | None = None
     try:
         arena = KVArena(model.layers, plan.context, plan.chunk)
-        engine = Engine(
-            model.trace,
-            model.tensors,
-            plan,
-            window,
-            model.constants,
-            arena,
-            store,
-            prepared.session,
-            prepared.n_threads,
-            max_outputs,
-        )
-        window.load(progress, cancelled)
+        engine = Engine(model, plan, pinned, arena, store, prepared.session, request.n_threads, request.max_outputs)
+        engine.load(loader, progress, cancelled)
     except BaseException:
-        window.close()
+        pinned.close()
+        if arena is not None:
+            arena.close()
         raise
     return engine
+
+
+def replan(prepared: Prepared, engine: Engine, budget_bytes: int) -> Plan:
+    """Return the plan of another budget for a running engine: its cache stays as it is.
+
+    Raises `BudgetTooSmall` with the smallest budget that works now.
+    """
+    model, request, arena = prepared.model, prepared.request, engine.arena
+    demands = Demands(
+        model,
+        prepared.session,
+        arena.context,
+        prepared.process_bytes,
+        request.max_outputs,
+        kept=(arena.chunk, arena.n_bytes),
+    )
+    return _settle(model, demands, budget_bytes, arena.context, prepared.rates, prepared.streams)
 
 
 def _settle(

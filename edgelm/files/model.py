@@ -24,6 +24,8 @@ class TensorInfo(NamedTuple):
     offset: int
     """Absolute, in bytes, in that file."""
     n_bytes: int
+    row_step: int = 32
+    """Rows that stay together when a matrix is cut: kernels work on panels of 32 and must not see other edges."""
 
     @property
     def n_rows(self) -> int:

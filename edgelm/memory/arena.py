@@ -47,7 +47,7 @@ class KVArena:
     """The cache of one conversation: `n_past` positions are stored."""
 
     def __init__(self, layers: Sequence[LayerCache], context: int, chunk: int) -> None:
-        self.context = context
+        self.context, self.chunk = context, chunk
         self.windows = {layer.group: layer.window for layer in layers}
         self.capacities = {group: capacity(window, context, chunk) for group, window in self.windows.items()}
         self._buffer = Buffer(max(cache_bytes(layers, context, chunk), 1), huge=False)

@@ -13,12 +13,9 @@ from edgelm.files.model import TensorInfo
 from edgelm.memory.buffer import PAGE
 from edgelm.memory.stores import span
 
-ROW_STEP = 32
-"""Matrices are cut at multiples of this many rows: kernels work on panels of rows and must not see other edges."""
-
 
 class Part(NamedTuple):
-    """Rows of one tensor: `n_bytes` at `offset` of file number `file`."""
+    """Rows of one tensor: `n_bytes` at `offset` of file number `file`. It may be cut at multiples of `step_bytes`."""
 
     tensor: str
     first_row: int
@@ -26,6 +23,7 @@ class Part(NamedTuple):
     file: int
     offset: int
     n_bytes: int
+    step_bytes: int
 
 
 class Read(NamedTuple):
@@ -57,7 +55,7 @@ def part_of(info: TensorInfo, first_row: int = 0, rows: int | None = None) -> Pa
     """Return some rows (all by default) of a tensor."""
     rows = info.n_rows - first_row if rows is None else rows
     offset = info.offset + first_row * info.row_bytes
-    return Part(info.name, first_row, rows, info.file, offset, rows * info.row_bytes)
+    return Part(info.name, first_row, rows, info.file, offset, rows * info.row_bytes, info.row_step * info.row_bytes)
 
 
 def make_unit(parts: Iterable[Part]) -> Unit:
@@ -95,9 +93,58 @@ def make_units(tensors: Sequence[TensorInfo], slot_bytes: int) -> tuple[Unit, ..
     return tuple(units)
 
 
+def split(unit: Unit, room: int) -> tuple[Unit, Unit] | None:
+    """Cut a unit in two, the first as large as `room` bytes of memory allow; None if no row step of it fits."""
+    head: list[Part] = []
+    parts = list(unit.parts)
+    while parts and make_unit([*head, parts[0]]).span_bytes <= room:
+        head.append(parts.pop(0))
+    if parts:
+        part = parts[0]
+        taken = make_unit(head).span_bytes if head else 0
+        steps = max(room - taken - PAGE, 0) // part.step_bytes
+        while steps and make_unit([*head, cut_part(part, 0, steps)]).span_bytes > room:
+            steps -= 1
+        if steps:
+            head.append(cut_part(part, 0, steps))
+            parts[0] = cut_part(part, steps, None)
+    return (make_unit(head), make_unit(parts)) if head and parts else None
+
+
+def cut_part(part: Part, start: int, stop: int | None) -> Part:
+    """Return the row steps [start, stop) of a part; `stop` None: all that follow."""
+    step_rows = part.rows * part.step_bytes // part.n_bytes
+    first = start * step_rows
+    rows = part.rows - first if stop is None else (stop - start) * step_rows
+    return part._replace(
+        first_row=part.first_row + first,
+        rows=rows,
+        offset=part.offset + start * part.step_bytes,
+        n_bytes=part.n_bytes // part.rows * rows,
+    )
+
+
+def requests(parts: Iterable[Part], most_bytes: int) -> list[tuple[int, int, int]]:
+    """Return the byte ranges (file, offset, bytes) that fetch `parts`, each of about `most_bytes` at the most.
+
+    Cut where parts may be cut, so that a range holds whole steps of rows. Parts that touch share a range.
+    """
+    ranges: list[list[int]] = []
+    for part in sorted(parts, key=lambda part: (part.file, part.offset)):
+        block = max(most_bytes // part.step_bytes, 1) * part.step_bytes
+        for start in range(part.offset, part.offset + part.n_bytes, block):
+            stop = min(start + block, part.offset + part.n_bytes)
+            last = ranges[-1] if ranges else None
+            if last and last[0] == part.file and 0 <= start - last[2] < PAGE and stop - last[1] <= most_bytes:
+                last[2] = stop
+            else:
+                ranges.append([part.file, start, stop])
+    return [(file, start, stop - start) for file, start, stop in ranges]
+
+
 def smallest_slot(tensors: Sequence[TensorInfo]) -> int:
     """Return the bytes of the smallest slot that every matrix can be cut for."""
-    return max(span(PAGE - 1, min(ROW_STEP, info.n_rows) * info.row_bytes) for info in tensors)
+    return max(span(PAGE - 1, min(info.row_step, info.n_rows) * info.row_bytes) for info in tensors)
 
 
 def merge(units: Sequence[Unit]) -> Unit:
@@ -106,9 +153,7 @@ def merge(units: Sequence[Unit]) -> Unit:
     for part in (part for unit in units for part in unit.parts):
         last = parts[-1] if parts else None
         if last and last.tensor == part.tensor and last.first_row + last.rows == part.first_row:
-            parts[-1] = Part(
-                part.tensor, last.first_row, last.rows + part.rows, part.file, last.offset, last.n_bytes + part.n_bytes
-            )
+            parts[-1] = last._replace(rows=last.rows + part.rows, n_bytes=last.n_bytes + part.n_bytes)
         else:
             parts.append(part)
     return make_unit(parts)
@@ -123,8 +168,8 @@ def _pieces(info: TensorInfo, slot_bytes: int) -> list[Part]:
     whole = part_of(info)
     if span(PAGE - 1, whole.n_bytes) <= slot_bytes:
         return [whole]
-    fitting = (slot_bytes - 2 * PAGE) // info.row_bytes // ROW_STEP * ROW_STEP
-    fitting = max(fitting, ROW_STEP)
+    step = info.row_step
+    fitting = max((slot_bytes - 2 * PAGE) // info.row_bytes // step * step, step)
     n_pieces = -(-info.n_rows // fitting)
-    rows = -(-info.n_rows // n_pieces // ROW_STEP) * ROW_STEP
+    rows = -(-info.n_rows // n_pieces // step) * step
     return [part_of(info, first, min(rows, info.n_rows - first)) for first in range(0, info.n_rows, rows)]

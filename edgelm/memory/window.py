@@ -1,7 +1,7 @@
-"""Carry a plan out: the only owner of weight memory.
+"""Carry the streaming part of a plan out: slots through which weights cycle, filled by readers ahead of the pass.
 
-Pinned runs are read once; streamed units cycle through slots, filled by reader threads that work ahead in pass
-order and round the end of a pass. Knows bytes and addresses, no operations.
+Readers work in pass order and round the end of a pass, several requests at a time and across the edges of units.
+Knows bytes and addresses, no operations; what stays in memory is in `pinned`.
 """
 
 from __future__ import annotations
@@ -9,19 +9,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from edgelm.errors import Cancelled
-from edgelm.memory.buffer import Buffer
+from edgelm.memory.buffer import PAGE, Buffer, align_down
 from edgelm.memory.plan import Plan
 from edgelm.memory.stores import Store
-from edgelm.memory.units import Unit, merge
+from edgelm.memory.units import Read, Unit, merge, requests
 
 N_READERS = 2
-LOAD_BYTES = 8 << 20
-"""Pinned runs are loaded in pieces of this size, so that several threads share a large one and progress is seen."""
+BLOCK_BYTES = 1 << 20
 
 
 class Run(NamedTuple):
@@ -50,43 +48,37 @@ def runs(plan: Plan) -> tuple[Run, ...]:
 
 @dataclass(slots=True)
 class _Ahead:
-    """A run that a reader has begun to read into a slot. A slot each: one run may be read ahead for two passes."""
+    """A run that is read into a slot. A slot each: one run may be read ahead for two passes."""
 
     run: int
     slot: int
-    done: bool = False
+    waiting: deque[Read]
+    n_open: int
+
+    @property
+    def done(self) -> bool:
+        return self.n_open == 0
 
 
 class Window:
-    """Weight memory of one model. `hold(i)` gives the address of run `i`, valid until `release(i)`.
+    """The slots of one model. `hold(i)` gives the address of streamed run `i`, valid until `release(i)`.
 
-    `store` serves what is streamed, `loader` (the same by default) what is read once and stays.
+    Requests have about `block_bytes`; `n_readers` of them are under way at a time.
     """
 
-    def __init__(
-        self, store: Store, plan: Plan, constants: Unit, *, loader: Store | None = None, n_readers: int = N_READERS
-    ) -> None:
+    def __init__(self, store: Store, plan: Plan, *, block_bytes: int = BLOCK_BYTES, n_readers: int = N_READERS) -> None:
         self.runs = runs(plan)
-        self._store, self._loader = store, loader or store
-        pinned = [run.unit for run in self.runs if run.pinned]
-        self._constants = constants
-        total = constants.span_bytes + sum(unit.span_bytes for unit in pinned)
-        self._pinned = Buffer(max(total, 1), huge=True)
+        self._store = store
         self._slot_bytes = plan.slot_bytes
         self._slots = Buffer(max(plan.slots_bytes, 1), huge=True)
-        self._places: dict[int, int] = {}
-        at = constants.span_bytes
-        for i, run in enumerate(self.runs):
-            if run.pinned:
-                self._places[i] = at
-                at += run.unit.span_bytes
         self.cycle = tuple(i for i, run in enumerate(self.runs) if not run.pinned)
+        self._requests = {i: _blocks(self.runs[i].unit, block_bytes) for i in self.cycle}
         self.bytes_streamed = 0
         self.wait_s = 0.0
         self._lock = threading.Condition()
         self._free = deque(range(plan.n_slots))
         self._asked: deque[int] = deque()  # runs not yet handed to a reader
-        self._ahead: deque[_Ahead] = deque()  # runs a reader has begun or finished, in order, not yet held
+        self._ahead: deque[_Ahead] = deque()  # runs that are or were read, in order, not yet held
         self._held: dict[int, int] = {}  # run -> slot
         self._failed: BaseException | None = None
         self._closed = False
@@ -94,62 +86,19 @@ class Window:
         self._readers: list[threading.Thread] = []
 
     @property
-    def constants_address(self) -> int:
-        return self._pinned.address
-
-    @property
     def memory_bytes(self) -> int:
         """All memory that the window owns."""
-        return self._pinned.n_bytes + self._slots.n_bytes
+        return self._slots.n_bytes
 
-    def load(
-        self, progress: Callable[[int, int], None] | None = None, cancelled: Callable[[], bool] | None = None
-    ) -> None:
-        """Read everything pinned, then start streaming. `progress(done, total)` is called as bytes arrive."""
-        pieces = [(self._constants, 0), *((self.runs[i].unit, at) for i, at in self._places.items())]
-        requests = deque(
-            (read.file, read.offset + start, min(LOAD_BYTES, read.n_bytes - start), base + read.at + start)
-            for unit, base in pieces
-            for read in unit.reads
-            for start in range(0, read.n_bytes, LOAD_BYTES)
-        )
-        total = sum(n_bytes for _, _, n_bytes, _ in requests)
-        done = 0
-        failures: list[BaseException] = []
-
-        def work() -> None:
-            nonlocal done
-            while not failures:
-                with self._lock:
-                    if not requests:
-                        return
-                    file, offset, n_bytes, at = requests.popleft()
-                try:
-                    if cancelled is not None and cancelled():
-                        raise Cancelled("loading was stopped")
-                    self._loader.read_into(file, offset, n_bytes, self._pinned.view, at)
-                    with self._lock:
-                        done += n_bytes
-                        if progress is not None:
-                            progress(done, total)
-                except BaseException as exc:
-                    failures.append(exc)
-                    return
-
-        helpers = [threading.Thread(target=work, daemon=True) for _ in range(self._n_readers - 1)]
-        for thread in helpers:
+    def start(self) -> None:
+        """Begin to read what the first pass needs."""
+        if not self.cycle:
+            return
+        self._asked.extend(self.cycle)
+        for i in range(self._n_readers):
+            thread = threading.Thread(target=self._stream, name=f"edgelm-reader-{i}", daemon=True)
             thread.start()
-        work()
-        for thread in helpers:
-            thread.join()
-        if failures:
-            raise failures[0]
-        if self.cycle:
-            self._asked.extend(self.cycle)
-            for i in range(self._n_readers):
-                thread = threading.Thread(target=self._stream, name=f"edgelm-reader-{i}", daemon=True)
-                thread.start()
-                self._readers.append(thread)
+            self._readers.append(thread)
 
     def begin(self, order: Sequence[int]) -> None:
         """Announce the streamed runs that the coming pass will hold, in order; reads go on from there.
@@ -173,9 +122,6 @@ class Window:
 
     def hold(self, run: int) -> int:
         """Return the address of the run's memory; waits until it is read. Raises what the reader raised."""
-        place = self._places.get(run)
-        if place is not None:
-            return self._pinned.address + place
         with self._lock:
             if not self._is_read():
                 began = time.perf_counter()
@@ -190,8 +136,6 @@ class Window:
 
     def release(self, run: int) -> None:
         """Give the run's slot to the next read."""
-        if run in self._places:
-            return
         with self._lock:
             self._free.append(self._held.pop(run))
             self._lock.notify_all()
@@ -210,8 +154,7 @@ class Window:
             self._lock.notify_all()
         for thread in self._readers:
             thread.join()
-        for buffer in (self._pinned, self._slots):
-            buffer.release()
+        self._slots.release()
 
     def _is_read(self) -> bool:
         return bool(self._ahead) and self._ahead[0].done
@@ -220,28 +163,53 @@ class Window:
         if self._failed is not None:
             raise self._failed
 
+    def _next(self) -> tuple[_Ahead, Read] | None:
+        """Return the next request, None if there is none for now. The lock is held."""
+        if self._failed is not None:
+            return None
+        if not (self._ahead and self._ahead[-1].waiting):
+            if not (self._free and self._asked):
+                return None
+            run = self._asked.popleft()
+            blocks = self._requests[run]
+            self._ahead.append(_Ahead(run, self._free.popleft(), deque(blocks), len(blocks)))
+            if not self._asked:
+                self._asked.extend(self.cycle)
+        ahead = self._ahead[-1]
+        return ahead, ahead.waiting.popleft()
+
     def _stream(self) -> None:
         while True:
             with self._lock:
-                while not self._closed and not (self._free and self._asked and self._failed is None):
+                while not self._closed and (found := self._next()) is None:
                     self._lock.wait()
                 if self._closed:
                     return
-                ahead = _Ahead(self._asked.popleft(), self._free.popleft())
-                self._ahead.append(ahead)
-                if not self._asked:
-                    self._asked.extend(self.cycle)
+                assert found is not None
+            ahead, block = found
             try:
-                unit = self.runs[ahead.run].unit
-                base = ahead.slot * self._slot_bytes
-                for read in unit.reads:
-                    self._store.read_into(read.file, read.offset, read.n_bytes, self._slots.view, base + read.at)
+                at = ahead.slot * self._slot_bytes + block.at
+                self._store.read_into(block.file, block.offset, block.n_bytes, self._slots.view, at)
             except BaseException as exc:
                 with self._lock:
                     self._failed = exc
                     self._lock.notify_all()
                 return
             with self._lock:
-                self.bytes_streamed += unit.span_bytes
-                ahead.done = True
-                self._lock.notify_all()
+                ahead.n_open -= 1
+                if ahead.done:
+                    self.bytes_streamed += self.runs[ahead.run].unit.span_bytes
+                    self._lock.notify_all()
+
+
+def _blocks(unit: Unit, block_bytes: int) -> tuple[Read, ...]:
+    """Cut the reads of a unit into blocks; neighbours may share a page, which both then read."""
+    blocks: list[Read] = []
+    for file, offset, n_bytes in requests(unit.parts, block_bytes):
+        home = next(
+            read for read in unit.reads if read.file == file and 0 <= offset - read.offset < max(read.n_bytes, 1)
+        )
+        at = home.at + align_down(offset) - align_down(home.offset)
+        blocks.append(Read(file, offset, n_bytes, at))
+    assert all(block.at % PAGE == 0 for block in blocks)
+    return tuple(blocks)

@@ -86,7 +86,7 @@ def engine_at(
 ) -> Iterator[Engine]:
     """Open an engine whose weights come from memory through `wrap`."""
     prepared = prepared_at(path, budget_bytes, backend=backend, context=context, max_outputs=max_outputs)
-    engine = build(prepared, wrap(MemoryStore([path.read_bytes()])), max_outputs)
+    engine = build(prepared, wrap(MemoryStore([path.read_bytes()])))
     try:
         yield engine
     finally:
