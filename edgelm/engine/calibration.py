@@ -24,7 +24,7 @@ from edgelm.engine.machine import digest, last_cache_bytes, machine_key
 from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.model import ModelFile
 from edgelm.memory.buffer import PAGE, Buffer
-from edgelm.memory.plan import Rates
+from edgelm.memory.predict import Rates
 from edgelm.memory.stores import Store
 from edgelm.memory.window import N_READERS
 from edgelm.sizes import MB, MIB

@@ -15,7 +15,8 @@ from edgelm.files.meta import Meta
 from edgelm.files.model import ModelFile
 from edgelm.memory.arena import KVArena
 from edgelm.memory.pinned import PinnedWeights
-from edgelm.memory.plan import Demand, Plan, Rates, make_plan
+from edgelm.memory.plan import Demand, Plan, make_plan
+from edgelm.memory.predict import Rates
 from edgelm.memory.stores import Store
 from edgelm.memory.units import smallest_slot
 

@@ -11,29 +11,21 @@ from typing import Any
 
 from edgelm.errors import BudgetTooSmall, ConfigError
 from edgelm.files.model import TensorInfo
-from edgelm.memory.units import Unit, make_units, smallest_slot
+from edgelm.memory.predict import Rates, pass_s
+from edgelm.memory.units import Unit, make_units, smallest_slot, split
 from edgelm.sizes import MB, human
 
 N_SLOTS = 4
 SLOT_SHARE = 0.0125
 """Share of the weight budget that one slot takes: four of them take 5 %."""
 CHUNK_SHARE = 0.04
-"""Share of the free budget that wider prompt passes may take from the weights: a few dozen tokens hide the reads."""
+"""Share of the free budget that wider prompt passes may take from the weights where the device was not measured."""
+JOB_PROMPT, JOB_ANSWER = 256, 128
+"""Tokens of the turn whose time the width of prompt passes is chosen for: reads are hidden behind a wide pass, but its
+memory is taken from the weights that stay."""
 RESIDENT_CHUNK = 16
 """Keeping everything is not worth prompt passes narrower than this."""
 MIN_SLOT_BYTES, MAX_SLOT_BYTES = 1 * MB, 8 * MB
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What the device was measured to do: bytes a second from flash, and of weights through the kernels.
-
-    `pass_overhead_s`: what a pass of one token takes beside its weights.
-    """
-
-    flash_bytes_per_s: float
-    compute_bytes_per_s: float
-    pass_overhead_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +60,7 @@ class Plan:
     """What stays, what streams, and where every byte goes.
 
     `pinned` and `streamed` index `units`, which are in pass order. A decode pass uses `pass_bytes` of weights and
-    reads `streamed_bytes` of them from flash. `predicted_decode_tps` is the smaller of what compute and flash allow,
-    0 if the device was not measured.
+    reads `streamed_bytes` of them from flash. Speeds are predicted from `rates`, and 0 if the device was not measured.
     """
 
     budget_bytes: int
@@ -79,7 +70,7 @@ class Plan:
     pinned: frozenset[int]
     slot_bytes: int
     n_slots: int
-    predicted_decode_tps: float = 0.0
+    rates: Rates | None = None
 
     def __post_init__(self) -> None:
         if self.planned_bytes > self.budget_bytes:
@@ -114,6 +105,34 @@ class Plan:
     def planned_bytes(self) -> int:
         return self.demand.total_bytes + self.pinned_bytes + self.slots_bytes
 
+    @property
+    def predicted_decode_tps(self) -> float:
+        """Tokens a second after the prompt."""
+        seconds = self.pass_s(1)
+        return 1 / seconds if seconds else 0.0
+
+    @property
+    def predicted_prefill_tps(self) -> float:
+        """Tokens a second of a long prompt."""
+        seconds = self.pass_s(self.chunk)
+        return self.chunk / seconds if seconds else 0.0
+
+    def predicted_ttft_s(self, n_prompt: int) -> float:
+        """Seconds from a prompt of `n_prompt` tokens to the first token of the answer."""
+        whole, rest = divmod(n_prompt, self.chunk)
+        return whole * self.pass_s(self.chunk) + (self.pass_s(rest) if rest else 0.0)
+
+    def pass_s(self, n_tokens: int) -> float:
+        """Return the predicted seconds of a pass of `n_tokens`; 0 if the device was not measured."""
+        rates = self.rates
+        if rates is None or not self.units:
+            return 0.0
+        per_byte = rates.compute_s(self.pass_bytes, n_tokens) / self.pass_bytes
+        reads = [
+            0.0 if i in self.pinned else unit.span_bytes / rates.flash_bytes_per_s for i, unit in enumerate(self.units)
+        ]
+        return pass_s([unit.n_bytes * per_byte for unit in self.units], reads, self.n_slots)
+
     def items(self) -> tuple[tuple[str, int], ...]:
         """Every part of the budget by name; what is left is `unused`."""
         items = (*self.demand.items(), ("weights pinned", self.pinned_bytes), ("slots for streaming", self.slots_bytes))
@@ -134,6 +153,10 @@ class Plan:
             "units": len(self.units),
             "units_pinned": len(self.pinned),
             "predicted_decode_tps": self.predicted_decode_tps,
+            "predicted_prefill_tps": self.predicted_prefill_tps,
+            "predicted_ttft_s": self.predicted_ttft_s(JOB_PROMPT),
+            "predicted_ttft_prompt_tokens": JOB_PROMPT,
+            "predicted_peak_bytes": self.planned_bytes,
         }
 
     def __str__(self) -> str:
@@ -145,7 +168,10 @@ class Plan:
         lines += ["", f"a pass uses {human(self.pass_bytes)} of weights: {share:.0f} % stay in memory, "]
         lines[-1] += f"{human(self.streamed_bytes)} are read from flash" if self.streamed else "nothing is streamed"
         if self.predicted_decode_tps:
-            lines.append(f"predicted decode: {self.predicted_decode_tps:.1f} tokens/s")
+            lines.append(
+                f"predicted: {self.predicted_decode_tps:.1f} tokens/s, first token of a prompt of {JOB_PROMPT} after "
+                f"{self.predicted_ttft_s(JOB_PROMPT):.1f} s, at most {human(self.planned_bytes)} of memory"
+            )
         return "\n".join(lines)
 
 
@@ -159,9 +185,10 @@ def make_plan(
 ) -> Plan:
     """Return the plan for `matrices`, given in pass order.
 
-    `demands` lists the possible prompt chunks from the largest to the smallest: the first is taken that costs at
-    most `CHUNK_SHARE` of what is not fixed, or with which everything fits; in need, the last. `streams=False`: all or
-    nothing. Raises `BudgetTooSmall` with the smallest budget that works.
+    `demands` lists the possible prompt chunks from the largest to the smallest. The first is taken with which
+    everything fits; else the one that answers soonest by `rates`; where nothing was measured, the first that costs at
+    most `CHUNK_SHARE` of what is not fixed. `streams=False`: all or nothing. Raises `BudgetTooSmall` with the smallest
+    budget that works.
     """
     whole = make_units(matrices, MAX_SLOT_BYTES)
     all_bytes = sum(unit.span_bytes for unit in whole)
@@ -171,21 +198,49 @@ def make_plan(
         if demand.chunk < RESIDENT_CHUNK and by_streaming:
             break
         if demand.total_bytes + all_bytes <= budget_bytes:
-            return _finish(budget_bytes, context, demand, whole, frozenset(range(len(whole))), 0, 0, rates)
+            return Plan(budget_bytes, context, demand, whole, frozenset(range(len(whole))), 0, 0, rates)
     smallest = demands[-1]
     weights = ("two slots for streaming", 2 * slot) if by_streaming else ("weights, all resident", all_bytes)
     needed = smallest.total_bytes + weights[1]
     if budget_bytes < needed:
         raise BudgetTooSmall(budget_bytes, needed, (*smallest.items(), weights))
-    demand = _choose_chunk(demands, budget_bytes, 2 * slot)
+    if rates is None:
+        return _stream(matrices, _choose_chunk(demands, budget_bytes, 2 * slot), budget_bytes, context, None)
+    fitting = [demand for demand in demands if demand.total_bytes + 2 * slot <= budget_bytes]
+    plans = [_stream(matrices, demand, budget_bytes, context, rates) for demand in fitting or [smallest]]
+    return min(plans, key=_job_s)
+
+
+def _job_s(plan: Plan) -> float:
+    """Return the predicted seconds of a usual turn."""
+    return plan.predicted_ttft_s(JOB_PROMPT) + JOB_ANSWER * plan.pass_s(1)
+
+
+def _stream(
+    matrices: Sequence[TensorInfo], demand: Demand, budget_bytes: int, context: int, rates: Rates | None
+) -> Plan:
+    """Return the plan of one prompt chunk: slots, and what else fits pinned."""
     weight_bytes = budget_bytes - demand.total_bytes
-    if all_bytes <= weight_bytes:
-        return _finish(budget_bytes, context, demand, whole, frozenset(range(len(whole))), 0, 0, rates)
-    slot_bytes, n_slots = _slots(weight_bytes, slot)
+    slot_bytes, n_slots = _slots(weight_bytes, smallest_slot(matrices))
     units = make_units(matrices, slot_bytes)
+    if sum(unit.span_bytes for unit in units) <= weight_bytes:
+        return Plan(budget_bytes, context, demand, units, frozenset(range(len(units))), 0, 0, rates)
     slot_bytes = max(unit.span_bytes for unit in units)
-    pinned = spread([unit.span_bytes for unit in units], weight_bytes - slot_bytes * n_slots)
-    return _finish(budget_bytes, context, demand, units, pinned, slot_bytes, n_slots, rates)
+    units, pinned = fill(units, weight_bytes - slot_bytes * n_slots)
+    return Plan(budget_bytes, context, demand, units, pinned, slot_bytes, n_slots, rates)
+
+
+def fill(units: Sequence[Unit], room: int) -> tuple[tuple[Unit, ...], frozenset[int]]:
+    """Choose what to pin in `room`: whole units spread over the pass, and rows of one more for what is left over."""
+    pinned = spread([unit.span_bytes for unit in units], room)
+    left = room - sum(units[i].span_bytes for i in pinned)
+    # the finest rows leave the least
+    for i in sorted(set(range(len(units))) - pinned, key=lambda i: max(part.step_bytes for part in units[i].parts)):
+        halves = split(units[i], left)
+        if halves is not None:
+            cut = (*units[:i], *halves, *units[i + 1 :])
+            return cut, frozenset([*(j if j < i else j + 1 for j in pinned), i])
+    return tuple(units), pinned
 
 
 def spread(sizes: Sequence[int], room: int) -> frozenset[int]:
@@ -229,21 +284,3 @@ def _slots(weight_bytes: int, smallest: int) -> tuple[int, int]:
         if slot_bytes * n_slots <= weight_bytes:
             return slot_bytes, n_slots
     return smallest, 2
-
-
-def _finish(
-    budget_bytes: int,
-    context: int,
-    demand: Demand,
-    units: tuple[Unit, ...],
-    pinned: frozenset[int],
-    slot_bytes: int,
-    n_slots: int,
-    rates: Rates | None,
-) -> Plan:
-    plan = Plan(budget_bytes, context, demand, units, pinned, slot_bytes, n_slots)
-    if rates is None:
-        return plan
-    compute_s = rates.pass_overhead_s + plan.pass_bytes / rates.compute_bytes_per_s
-    seconds = max(compute_s, plan.streamed_bytes / rates.flash_bytes_per_s)
-    return Plan(budget_bytes, context, demand, units, pinned, slot_bytes, n_slots, 1 / seconds if seconds else 0.0)

@@ -17,8 +17,8 @@ import pytest
 import edgelm
 from edgelm import Chunk, Model, opening
 from edgelm.engine import generate
-from edgelm.memory.plan import Rates
 from edgelm.memory.platform import current_platform
+from edgelm.memory.predict import Rates
 from edgelm.testing import tiny_model
 
 BUDGET = 2_000_000_000
