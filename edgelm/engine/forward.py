@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,7 +167,9 @@ class Engine:
                 if self._stop.is_set():
                     raise Cancelled("the generation was stopped")
                 address = self.window.hold(step.run)
+                began = time.perf_counter()
                 step.program.run(step.bindings or self._bind(step, address))
+                self.window.times.add("compute", step.run, began)
                 self.window.release(step.run)
         except BaseException:
             self.window.reset()

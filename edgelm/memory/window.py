@@ -16,6 +16,7 @@ from edgelm.errors import Cancelled
 from edgelm.memory.buffer import Buffer
 from edgelm.memory.plan import Plan
 from edgelm.memory.stores import Store
+from edgelm.memory.timeline import Times
 from edgelm.memory.units import Unit, merge
 
 N_READERS = 2
@@ -82,7 +83,7 @@ class Window:
                 at += run.unit.span_bytes
         self.cycle = tuple(i for i, run in enumerate(self.runs) if not run.pinned)
         self.bytes_streamed = 0
-        self.wait_s = 0.0
+        self.times = Times()
         self._lock = threading.Condition()
         self._free = deque(range(plan.n_slots))
         self._asked: deque[int] = deque()  # runs not yet handed to a reader
@@ -182,7 +183,7 @@ class Window:
                 while not self._is_read():
                     self._raise()
                     self._lock.wait()
-                self.wait_s += time.perf_counter() - began
+                self.times.add("wait", run, began)
             ahead = self._ahead.popleft()
             assert ahead.run == run, f"run {run} is held, {ahead.run} was announced"
             self._held[run] = ahead.slot
@@ -234,8 +235,10 @@ class Window:
             try:
                 unit = self.runs[ahead.run].unit
                 base = ahead.slot * self._slot_bytes
+                began = self.times.begin_read()
                 for read in unit.reads:
                     self._store.read_into(read.file, read.offset, read.n_bytes, self._slots.view, base + read.at)
+                self.times.end_read(ahead.run, began, unit.span_bytes)
             except BaseException as exc:
                 with self._lock:
                     self._failed = exc

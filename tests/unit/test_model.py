@@ -95,7 +95,10 @@ def test_statistics_add_up(model: Model) -> None:
     assert usage.decode_tps > 0
     assert 0 < usage.rss_bytes <= usage.peak_bytes <= usage.budget_bytes == BUDGET == model.plan.budget_bytes
     assert usage.bytes_streamed == 0
-    assert usage.wait_s >= 0
+    assert usage.wait_s == usage.read_s == 0  # everything is resident
+    assert 0 < usage.sample_s < usage.compute_s
+    assert usage.compute_s + usage.sample_s + usage.other_s == pytest.approx(usage.elapsed_s)
+    assert usage.ttft_s < usage.elapsed_s
     assert usage.predicted_decode_tps == model.plan.predicted_decode_tps > 0
     assert usage.backend == model.backend == "numpy"
     assert chunks[0].usage.decode_tps == 0

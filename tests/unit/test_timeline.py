@@ -67,4 +67,3 @@ def test_one_recording_at_a_time():
         pass
     with times.recording():  # the first one has ended
         pass
-
