@@ -105,6 +105,7 @@ def _device(path: Path, engine: dict[str, Any]) -> dict[str, Any]:
     from edgelm_apps.output import plain
 
     facts: dict[str, Any] = plain(edgelm.doctor(path))
+    facts["backend_versions"] = {report.name: report.version for report in edgelm.backends()}
     facts["threads"] = engine.get("threads", facts["cores"]["usable"])
     facts["date"] = datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
     return facts

@@ -11,6 +11,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +25,13 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
     "--hide-scrollbars", "--remote-debugging-pipe", "about:blank",
 )  # fmt: skip
+START = """
+import fcntl, os, sys
+kept = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for wanted, number in zip((3, 4), kept):  # where the browser looks for its pipes
+    os.dup2(number, wanted)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 PATIENCE_S = 60.0
 
 
@@ -111,16 +119,11 @@ def browser() -> Iterator[Browser]:
     command = installed()
     assert command is not None
     to_browser, from_browser = os.pipe(), os.pipe()
-
-    def place() -> None:  # the protocol's pipes are descriptors 3 and 4
-        kept = os.dup(to_browser[0]), os.dup(from_browser[1])
-        os.dup2(kept[0], 3)
-        os.dup2(kept[1], 4)
-
+    pipes = (to_browser[0], from_browser[1])
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         child = subprocess.Popen(
-            [command, f"--user-data-dir={folder}", *FLAGS], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, close_fds=False, preexec_fn=place,
+            [sys.executable, "-c", START, *map(str, pipes), command, f"--user-data-dir={folder}", *FLAGS],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=pipes,
         )  # fmt: skip
         os.close(to_browser[0])
         os.close(from_browser[1])

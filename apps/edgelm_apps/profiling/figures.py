@@ -134,7 +134,7 @@ def bytes_by_item(profile: Profile) -> Any:
     ]
     figure = _bars(series, _labels(profile), "MB")
     peaks = [run.usage["peak_bytes"] / MB for run in profile.runs]
-    marker = {"symbol": "line-ns", "size": 22, "line": {"width": 3, "color": RED}}
+    marker = {"symbol": "line-ns", "size": 16, "line": {"width": 3, "color": RED}}
     return figure.add_trace(
         go.Scatter(x=peaks, y=_labels(profile), mode="markers", name="measured peak", marker=marker)
     )

@@ -99,10 +99,11 @@ def _device(profile: Profile) -> list[tuple[str, str]]:
     return [
         ("processor", f"{device['cpu']}, {device['threads']} threads"),
         ("flash", speed),
-        ("backend", f"{run.backend}, {device['backends'].get(run.backend, 'version unknown')}"),
+        ("backend", f"{run.backend} {device['backend_versions'].get(run.backend) or ''}".strip()),
         ("software", f"edgelm {device['edgelm']}, Python {device['python']}, {device['platform']}"),
         ("date", device["date"]),
         ("workload", f"{profile.prompt_tokens} tokens of prompt, {profile.n_tokens} of answer, at each budget"),
+        ("options", ", ".join(f"{name} {value}" for name, value in profile.engine.items())),
     ]
 
 

@@ -72,6 +72,7 @@ class Profile:
 
     model: str
     device: dict[str, Any]
+    engine: dict[str, Any]
     n_tokens: int
     prompt_tokens: int
     smallest_bytes: int
@@ -110,6 +111,7 @@ def profile(
     return Profile(
         model=workload.path.name,
         device=device,
+        engine=workload.engine,
         n_tokens=workload.n_tokens,
         prompt_tokens=runs[0].usage["prompt_tokens"],
         smallest_bytes=found["smallest_bytes"],
