@@ -184,7 +184,7 @@ class Model:
     def record(self) -> AbstractContextManager[Timeline]:
         """Record single reads, waits, program runs and tokens while inside: `with model.record() as timeline`.
 
-        The timeline takes half a megabyte of the budget's reserve. Raises `ConfigError` for a second one at a time.
+        The timeline takes up to 1.9 MB of the budget's reserve. Raises `ConfigError` for a second one at a time.
         """
         return self._engine.window.times.recording()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm_apps.options import engine_options, engine_values, model_argument, offline_option, quiet_option
+from edgelm_apps.run import decoded
 
 if TYPE_CHECKING:
     from edgelm_apps.profiling.sweep import Profile
@@ -23,9 +24,7 @@ PAGE = "profile.html"
 @click.option("--budgets", type=click.IntRange(min=1), help="Without --memory: how many budgets. [default: 6]")
 @click.option("--tokens", type=click.IntRange(min=2), default=32, show_default=True, help="Tokens of each answer.")
 @click.option("--prompt", metavar="TEXT", help="What is asked, without a chat template. [default: a short question]")
-@click.option(
-    "--prompt-file", type=click.File("r", encoding="utf-8"), metavar="FILE", help="Take the prompt from FILE."
-)
+@click.option("--prompt-file", type=click.File("rb"), metavar="FILE", help="Take the prompt from FILE.")
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, writable=True, path_type=Path), metavar="FILE",
     help=f"The page. [default: {PAGE}, or none with --json alone]",
@@ -76,10 +75,11 @@ def _check_folders(*paths: Path | None) -> None:
 def _prompt(prompt: str | None, file: Any) -> str:
     if prompt is not None and file is not None:
         raise click.UsageError("give --prompt or --prompt-file, not both")
-    text = file.read() if file is not None else PROMPT if prompt is None else prompt
+    default = PROMPT if prompt is None else prompt
+    text = decoded(file.read(), file.name) if file is not None else default
     if not text:
         raise click.UsageError("the prompt is empty; give it at least one word")
-    return str(text)
+    return text
 
 
 def _budgets(memory: str | None, budgets: int | None) -> list[int] | int:

@@ -18,8 +18,8 @@ from edgelm.errors import ConfigError
 
 Kind = Literal["read", "wait", "compute", "sample", "token"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-CAPACITY = 16_384
-"""Events that a timeline keeps: half a megabyte, which the reserve of every plan holds."""
+CAPACITY = 65_536
+"""Events that a timeline keeps: up to 1.9 MB, taken as they come. The reserve of every plan holds that."""
 _ROW = np.dtype([("kind", "u1"), ("index", "u4"), ("begin_s", "f8"), ("end_s", "f8"), ("n_bytes", "u8")])
 
 
