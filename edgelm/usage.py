@@ -20,7 +20,7 @@ class Usage:
     included; `prefill_tps` and `decode_tps` are tokens a second, 0 until there is something to divide.
     `peak_bytes` is the peak of the process, `bytes_streamed` what this generation read from flash.
 
-    `elapsed_s`, from the beginning of the prompt to the newest token, is split into `compute_s` (programs ran),
+    `elapsed_s`, from the beginning of the prompt to this chunk, is split into `compute_s` (programs ran),
     `wait_s` (nothing to compute before a read had ended), `sample_s` and `other_s` (masks, text, the caller).
     Beside them, `read_s` is the time in which at least one read was under way.
     """
@@ -45,8 +45,8 @@ class Usage:
 
     @property
     def other_s(self) -> float:
-        """What is left of `elapsed_s`; never below 0, though the next read may be waited for already."""
-        return max(self.elapsed_s - self.compute_s - self.wait_s - self.sample_s, 0.0)
+        """What is left of `elapsed_s`."""
+        return self.elapsed_s - self.compute_s - self.wait_s - self.sample_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Clock:
             rss_bytes=memory.rss_bytes,
             peak_bytes=memory.peak_bytes,
             bytes_streamed=window.bytes_streamed - self._streamed,
-            elapsed_s=max(self._last - self._prefill_began, 0.0),
+            elapsed_s=time.perf_counter() - self._prefill_began,  # taken after the sums: it holds them
             compute_s=sums_s["compute"] - self._before_s["compute"],
             wait_s=sums_s["wait"] - self._before_s["wait"],
             sample_s=sums_s["sample"] - self._before_s["sample"],
