@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from edgelm.chat import Chat
     from edgelm.memory.plan import Plan
+    from edgelm.memory.timeline import Timeline
     from edgelm.model import Model
     from edgelm.opening import plan
     from edgelm.reports import BackendReport, Inspection, backends, doctor, inspect
@@ -57,6 +58,7 @@ __all__ = [
     "ModelNotFound",
     "Plan",
     "TemplateError",
+    "Timeline",
     "UnknownBackend",
     "UnsupportedModel",
     "Usage",
@@ -74,6 +76,7 @@ _HOMES = {
     "Inspection": "edgelm.reports",
     "Model": "edgelm.model",
     "Plan": "edgelm.memory.plan",
+    "Timeline": "edgelm.memory.timeline",
     "Usage": "edgelm.usage",
     "backends": "edgelm.reports",
     "doctor": "edgelm.reports",

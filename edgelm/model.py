@@ -6,7 +6,7 @@ One model serves many threads: calls queue. Everything of ids is in `engine`, of
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -17,6 +17,7 @@ from edgelm.errors import Cancelled, ConfigError
 from edgelm.files.model import ModelFile
 from edgelm.memory.meter import Meter
 from edgelm.memory.plan import Plan
+from edgelm.memory.timeline import Timeline
 from edgelm.opening import Opened
 from edgelm.text.stops import StopMatcher
 from edgelm.text.tokenizer import Tokenizer
@@ -185,6 +186,13 @@ class Model:
         From any thread or signal handler. They end with a chunk whose `finish_reason` is "cancelled".
         """
         self.turns.cancel()
+
+    def record(self) -> AbstractContextManager[Timeline]:
+        """Record single reads, waits, program runs and tokens while inside: `with model.record() as timeline`.
+
+        The timeline takes up to 1.9 MB of the budget's reserve. Raises `ConfigError` for a second one at a time.
+        """
+        return self._engine.times.recording()
 
     def close(self) -> None:
         """Give all memory back. Streams are stopped first; one that was left half-way ends when it is read again."""

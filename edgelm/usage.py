@@ -18,8 +18,11 @@ class Usage:
 
     `cached_tokens` of the prompt were still in the KV cache. `ttft_s` counts from the call, waiting in the queue
     included; `prefill_tps` and `decode_tps` are tokens a second, 0 until there is something to divide.
-    `peak_bytes` is the peak of the process, `bytes_streamed` what this generation read from flash, `wait_s` how long
-    it waited for reads.
+    `peak_bytes` is the peak of the process, `bytes_streamed` what this generation read from flash.
+
+    `elapsed_s`, from the beginning of the prompt to this chunk, is split into `compute_s` (programs ran),
+    `wait_s` (nothing to compute before a read had ended), `sample_s` and `other_s` (masks, text, the caller).
+    Beside them, `read_s` is the time in which at least one read was under way.
     """
 
     prompt_tokens: int
@@ -31,10 +34,19 @@ class Usage:
     rss_bytes: int
     peak_bytes: int
     bytes_streamed: int
+    elapsed_s: float
+    compute_s: float
     wait_s: float
+    sample_s: float
+    read_s: float
     budget_bytes: int
     predicted_decode_tps: float
     backend: str
+
+    @property
+    def other_s(self) -> float:
+        """What is left of `elapsed_s`."""
+        return self.elapsed_s - self.compute_s - self.wait_s - self.sample_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +68,12 @@ class Clock:
         self._began = time.perf_counter()
         self._prefill_began = self._began
         self._prefill_s = self._first = self._last = 0.0
-        self._streamed, self._waited = engine.window.bytes_streamed, engine.window.wait_s
+        self._streamed, self._before_s = engine.window.bytes_streamed, engine.times.sums_s()
 
     def started(self) -> None:
         """The queue is over: prefill begins."""
         self._prefill_began = time.perf_counter()
-        self._streamed, self._waited = self._engine.window.bytes_streamed, self._engine.window.wait_s
+        self._streamed, self._before_s = self._engine.window.bytes_streamed, self._engine.times.sums_s()
 
     def prefilled(self, computed: int) -> None:
         """The prompt is in the cache; `computed` of its tokens had to be computed."""
@@ -73,10 +85,12 @@ class Clock:
         self._last = time.perf_counter()
         self._first = self._first or self._last
         self._tokens += 1
+        self._engine.times.add("token", self._tokens, self._last)
 
     def usage(self) -> Usage:
         memory, window, plan = self._meter.sample(), self._engine.window, self._engine.plan
         decode_s = self._last - self._first
+        sums_s = self._engine.times.sums_s()
         return Usage(
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached,
@@ -87,7 +101,11 @@ class Clock:
             rss_bytes=memory.rss_bytes,
             peak_bytes=memory.peak_bytes,
             bytes_streamed=window.bytes_streamed - self._streamed,
-            wait_s=window.wait_s - self._waited,
+            elapsed_s=time.perf_counter() - self._prefill_began,  # taken after the sums: it holds them
+            compute_s=sums_s["compute"] - self._before_s["compute"],
+            wait_s=sums_s["wait"] - self._before_s["wait"],
+            sample_s=sums_s["sample"] - self._before_s["sample"],
+            read_s=sums_s["read"] - self._before_s["read"],
             budget_bytes=plan.budget_bytes,
             predicted_decode_tps=plan.predicted_decode_tps,
             backend=self._backend,

@@ -68,19 +68,56 @@ def statistics(usage: Usage) -> dict[str, Any]:
         "peak_bytes": usage.peak_bytes,
         "bytes_streamed": usage.bytes_streamed,
         "predicted_decode_tps": usage.predicted_decode_tps,
+        "elapsed_s": usage.elapsed_s,
+        "compute_s": usage.compute_s,
+        "wait_s": usage.wait_s,
+        "sample_s": usage.sample_s,
+        "other_s": usage.other_s,
+        "read_s": usage.read_s,
     }
 
 
 def statistics_text(usage: Usage) -> str:
-    """Return the statistics of one answer as two lines."""
+    """Return the statistics of one answer as three lines."""
     from edgelm.sizes import human
 
     return (
         f"prompt {usage.prompt_tokens} tokens at {usage.prefill_tps:.1f} tok/s, first token after {usage.ttft_s:.2f} s"
-        f"; answer {usage.completion_tokens} tokens at {usage.decode_tps:.1f} tok/s\n"
+        f"; answer {usage.completion_tokens} tokens at {_speed(usage)}\n"
+        f"time: {_split(usage)}{_flash(usage)}\n"
         f"peak {human(usage.peak_bytes)} of {human(usage.budget_bytes)}, {human(usage.bytes_streamed)} streamed, "
         f"{usage.backend} backend"
     )
+
+
+def status_line(usage: Usage) -> str:
+    """Return what `/stats on` shows below each answer."""
+    from edgelm.sizes import human
+
+    memory = f"{human(usage.rss_bytes)} of {human(usage.budget_bytes)}"
+    return f"{_speed(usage)}; {memory}; {_split(usage)}{_flash(usage)}"
+
+
+def _speed(usage: Usage) -> str:
+    predicted = f" (predicted {usage.predicted_decode_tps:.1f})" if usage.predicted_decode_tps else ""
+    return f"{usage.decode_tps:.1f} tok/s{predicted}"
+
+
+def _split(usage: Usage) -> str:
+    whole_s = usage.elapsed_s or 1.0
+    parts = {
+        "waiting for flash": usage.wait_s,
+        "computing": usage.compute_s,
+        "sampling": usage.sample_s,
+        "other": usage.other_s,
+    }
+    return ", ".join(f"{part_s / whole_s:.0%} {name}" for name, part_s in parts.items())
+
+
+def _flash(usage: Usage) -> str:
+    from edgelm.sizes import human
+
+    return f"; flash gave {human(usage.bytes_streamed / usage.read_s)}/s while it was read" if usage.read_s else ""
 
 
 @contextmanager

@@ -28,6 +28,11 @@ def print_error(text: str) -> None:
     click.echo(f"edgelm: {label} {text}", err=True)
 
 
+def print_dim(text: str) -> None:
+    """Print one line that is there on the side to stderr."""
+    click.echo(click.style(text, dim=True) if use_colour() else text, err=True)
+
+
 def use_colour() -> bool:
     """Colour only a terminal, and never against NO_COLOR."""
     return not os.environ.get("NO_COLOR") and sys.stderr.isatty()

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgelm_apps.engine import ask, interruptible, statistics_text
-from edgelm_apps.output import note, print_error
+from edgelm_apps.engine import ask, interruptible, statistics_text, status_line
+from edgelm_apps.output import note, print_dim, print_error
 
 if TYPE_CHECKING:
     from edgelm import Model, Usage
@@ -27,7 +27,8 @@ HISTORY_LINES = 1000
 HELP = f"""\
 /help          this list
 /system TEXT   start over with TEXT as the system message; /system alone shows it
-/stats         tokens, speed and memory of the last answer
+/stats         tokens, speed, time and memory of the last answer
+/stats on|off  show a line of it after each answer
 /clear         forget the conversation
 /exit          leave (Ctrl-D does it too)
 A line that ends with \\ goes on in the next; {QUOTES} begins and ends a text of several lines.
@@ -41,6 +42,7 @@ class Conversation:
         self.model, self.system, self.overflow, self.sampling = model, system, overflow, sampling
         self.chat = model.chat(system, overflow=overflow)
         self.usage: Usage | None = None
+        self.shows_status = False
 
     def restart(self, system: str | None) -> None:
         self.system = system
@@ -61,6 +63,8 @@ class Conversation:
             note("stopped")
         elif reason == "length":
             note("the answer reached its length limit")
+        if self.shows_status and self.usage is not None:
+            print_dim(status_line(self.usage))
 
 
 class Lines:
@@ -172,6 +176,11 @@ def respond(conversation: Conversation, text: str) -> bool:
             note("a new conversation begins with this system message")
         case "/system":
             note(f"system message: {conversation.system}" if conversation.system else "there is no system message")
+        case "/stats" if rest.strip() in ("on", "off"):
+            conversation.shows_status = rest.strip() == "on"
+            note("a line of statistics follows each answer" if conversation.shows_status else "no more statistics")
+        case "/stats" if rest.strip():
+            note(f"/stats takes on, off or nothing, not {rest.strip()!r}")
         case "/stats":
             click.echo(statistics_text(conversation.usage) if conversation.usage else "no answer yet")
         case _:

@@ -83,9 +83,9 @@ def _prompt(prompt: str | None, file: Any) -> str:
     if file is not None:
         if prompt is not None:
             raise click.UsageError("give PROMPT or --prompt-file, not both")
-        return _decoded(file.read(), file.name)
+        return decoded(file.read(), file.name)
     joined = (
-        "" if sys.stdin.isatty() else _decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n").removesuffix("\r")
+        "" if sys.stdin.isatty() else decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n").removesuffix("\r")
     )
     parts = [part for part in (prompt, joined) if part]
     if not parts:
@@ -93,7 +93,8 @@ def _prompt(prompt: str | None, file: Any) -> str:
     return "\n\n".join(parts)
 
 
-def _decoded(data: bytes, where: str) -> str:
+def decoded(data: bytes, where: str) -> str:
+    """Return what somebody gave as a prompt as text; raises `UsageError` if it is none."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

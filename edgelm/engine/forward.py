@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from edgelm.engine.backend import Bindings, CacheGroup, PassShape, Program, Session
 from edgelm.engine.demand import Model
 from edgelm.engine.ir import Placed, Segment, Weight
+from edgelm.engine.pace import Pace
 from edgelm.engine.segments import Cut, cut
 from edgelm.engine.state import Layout, Workspace
 from edgelm.errors import Cancelled, ConfigError, ContextOverflow
@@ -25,11 +27,10 @@ from edgelm.memory.arena import KVArena
 from edgelm.memory.pinned import PinnedWeights
 from edgelm.memory.plan import Plan
 from edgelm.memory.stores import Store
+from edgelm.memory.timeline import Times
 from edgelm.memory.units import part_of
 from edgelm.memory.window import N_READERS, Window
 
-WIDE_TOKENS = 8
-"""Passes of at least this many tokens are bound by compute even where weights stream."""
 MAX_SHAPES = 3
 """Compiled shapes kept: the decode pass, the prompt chunk, and the rest of a prompt."""
 
@@ -75,7 +76,8 @@ class Engine:
         self._steps: OrderedDict[PassShape, list[_Step]] = OrderedDict()
         self._stop = threading.Event()
         self._closed = False
-        self.plan, self.window = plan, Window(store, plan)
+        self.times = Times()
+        self.plan, self.window = plan, Window(store, plan, self.times)
         self._prepare(plan)
 
     def load(
@@ -95,14 +97,15 @@ class Engine:
         before.close()
         self._steps.clear()  # programs hold on to scratch memory and addresses
         self.workspace.close()
-        self.plan, self.window = plan, Window(self._store, plan)
-        self.window.bytes_streamed, self.window.wait_s = before.bytes_streamed, before.wait_s
+        self.plan, self.window = plan, Window(self._store, plan, self.times)
+        self.window.bytes_streamed = before.bytes_streamed
         self._prepare(plan)
         self.load()
 
     def _prepare(self, plan: Plan) -> None:
         """Cut the model at the edges of the plan's runs and lay out what passes between the segments."""
         trace, arena = self._model.trace, self.arena
+        self._pace = Pace(self._n_threads, bool(self.window.cycle))
         self._cut: Cut = cut(trace, [run.unit for run in self.window.runs])
         self._layout = Layout.of(self._cut)
         self.workspace = Workspace(
@@ -179,9 +182,8 @@ class Engine:
         steps = self._compiled(shape)
         if not final and self.window.cycle:
             steps = [step for step in steps if step.run <= self._cut.last_write]
-        # kernels spin while they wait for each other, and readers need a core: a pass that waits for flash leaves one
-        reading = bool(self.window.cycle) and n_tokens < WIDE_TOKENS
-        self.session.use_threads(max(1, self._n_threads - 1) if reading else self._n_threads)
+        self.session.use_threads(self._pace.threads(n_tokens))
+        began_s, waited_s = time.perf_counter(), self.times.waited_s
         self.window.begin([step.run for step in steps if step.bindings is None])
         try:
             workspace.positions[:n_tokens] = np.arange(arena.n_past, arena.n_past + n_tokens)
@@ -194,16 +196,18 @@ class Engine:
             for step in steps:
                 if self._stop.is_set():
                     raise Cancelled("the generation was stopped")
-                if step.bindings is not None:
-                    step.program.run(step.bindings)
-                    continue
-                step.program.run(self._bind(step, self.window.hold(step.run)))
-                self.window.release(step.run)
+                bindings = step.bindings or self._bind(step, self.window.hold(step.run))
+                began = time.perf_counter()
+                step.program.run(bindings)
+                self.times.add("compute", step.run, began)
+                if step.bindings is None:
+                    self.window.release(step.run)
         except BaseException:
             self.window.reset()
             arena.truncate(arena.n_past)
             raise
         arena.advance(n_tokens)
+        self._pace.passed(n_tokens, time.perf_counter() - began_s, self.times.waited_s - waited_s)
 
     def _compiled(self, shape: PassShape) -> list[_Step]:
         steps = self._steps.get(shape)

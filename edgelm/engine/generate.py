@@ -5,6 +5,7 @@ The innermost of the nested generators; `edgelm.model` puts text and statistics 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Generator, Sequence
 from typing import Literal
 
@@ -70,7 +71,9 @@ def token_ids(
     """Yield the ids that follow the prefilled `prompt`; return why it ended. An id of `ends` is not yielded."""
     history = list(prompt)
     for count in range(1, max_tokens + 1):
+        began = time.perf_counter()
         token = sampler(conversation.logits, history)
+        conversation.engine.times.add("sample", count, began)
         if token in ends:
             return "stop"
         history.append(token)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from edgelm.memory.buffer import PAGE, Buffer, align_down
 from edgelm.memory.plan import Plan
-from edgelm.memory.stores import Store
+from edgelm.memory.stores import Store, span
+from edgelm.memory.timeline import Times
 from edgelm.memory.units import Read, Unit, merge, requests
 
 N_READERS = 2
@@ -66,7 +67,15 @@ class Window:
     Requests have about `block_bytes`; `n_readers` of them are under way at a time.
     """
 
-    def __init__(self, store: Store, plan: Plan, *, block_bytes: int = BLOCK_BYTES, n_readers: int = N_READERS) -> None:
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        times: Times | None = None,
+        *,
+        block_bytes: int = BLOCK_BYTES,
+        n_readers: int = N_READERS,
+    ) -> None:
         self.runs = runs(plan)
         self._store = store
         self._slot_bytes = plan.slot_bytes
@@ -74,7 +83,7 @@ class Window:
         self.cycle = tuple(i for i, run in enumerate(self.runs) if not run.pinned)
         self._requests = {i: _blocks(self.runs[i].unit, block_bytes) for i in self.cycle}
         self.bytes_streamed = 0
-        self.wait_s = 0.0
+        self.times = times or Times()
         self._lock = threading.Condition()
         self._free = deque(range(plan.n_slots))
         self._asked: deque[int] = deque()  # runs not yet handed to a reader
@@ -128,7 +137,7 @@ class Window:
                 while not self._is_read():
                     self._raise()
                     self._lock.wait()
-                self.wait_s += time.perf_counter() - began
+                self.times.add("wait", run, began)
             ahead = self._ahead.popleft()
             assert ahead.run == run, f"run {run} is held, {ahead.run} was announced"
             self._held[run] = ahead.slot
@@ -189,7 +198,9 @@ class Window:
             ahead, block = found
             try:
                 at = ahead.slot * self._slot_bytes + block.at
+                began = self.times.begin_read()
                 self._store.read_into(block.file, block.offset, block.n_bytes, self._slots.view, at)
+                self.times.end_read(ahead.run, began, span(block.offset, block.n_bytes))
             except BaseException as exc:
                 with self._lock:
                     self._failed = exc

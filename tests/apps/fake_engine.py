@@ -22,8 +22,15 @@ class FakeUsage:
     ttft_s: float = 0.25
     prefill_tps: float = 20.0
     decode_tps: float = 10.0
+    rss_bytes: int = 80 * MB
     peak_bytes: int = 90 * MB
-    bytes_streamed: int = 7
+    bytes_streamed: int = 70 * MB
+    elapsed_s: float = 2.0
+    compute_s: float = 0.6
+    wait_s: float = 1.2
+    sample_s: float = 0.04
+    other_s: float = 0.16
+    read_s: float = 0.1
     predicted_decode_tps: float = 11.0
     budget_bytes: int = 100 * MB
     backend: str = "simulated"

@@ -102,12 +102,26 @@ def test_commands_on_a_pipe(child_command, model_file):
     result = child_command("chat", model_file, stdin=typed.encode())
     assert "/system TEXT   start over" in result.out
     assert "no answer yet" in result.out
-    assert "answer 3 tokens at 10.0 tok/s" in result.out
+    assert "answer 3 tokens at 10.0 tok/s (predicted 11.0)" in result.out
+    assert "60% waiting for flash, 30% computing, 2% sampling, 8% other; flash gave 700 MB/s" in result.out
     assert "peak 90 MB of 100 MB" in result.out
     assert result.out.count("echo: none#1 hi") == 2
     assert "never read" not in result.out
     assert "unknown command /nonsense; /help lists the commands" in result.err
     assert "there is no system message" in result.err
+
+
+def test_a_status_line_after_each_answer_on_demand(child_command, model_file):
+    typed = "one\n/stats on\ntwo\n/stats off\nthree\n/stats maybe\n"
+    result = child_command("chat", model_file, "-q", stdin=typed.encode())
+    assert result.out == "echo: none#1 one\necho: none#2 two\necho: none#3 three\n"
+    assert result.err.splitlines() == [
+        "edgelm: a line of statistics follows each answer",
+        "10.0 tok/s (predicted 11.0); 80 MB of 100 MB; 60% waiting for flash, 30% computing, 2% sampling, 8% other; "
+        "flash gave 700 MB/s while it was read",
+        "edgelm: no more statistics",
+        "edgelm: /stats takes on, off or nothing, not 'maybe'",
+    ]
 
 
 def test_an_error_on_a_pipe_ends_with_its_exit_code(child_command, model_file):

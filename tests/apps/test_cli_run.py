@@ -38,6 +38,7 @@ def test_json_has_the_documented_fields(edgelm_command, engine, model_file):
     }  # fmt: skip
     assert set(answer["stats"]) == {
         "ttft_s", "prefill_tps", "decode_tps", "peak_bytes", "bytes_streamed", "predicted_decode_tps",
+        "elapsed_s", "compute_s", "wait_s", "sample_s", "other_s", "read_s",
     }  # fmt: skip
     assert answer["text"] == "echo: none#1 hi"
     assert answer["token_ids"] == [100, 101, 102]

@@ -140,11 +140,11 @@ def test_reads_go_on_round_the_end_of_a_pass() -> None:
         within(walk, window)
         settle(window)
         assert [ahead.run for ahead in window._ahead] == list(window.cycle[: plan.n_slots])
-        waited = window.wait_s
+        waited = window.times.sums_s()["wait"]
         window.begin(window.cycle)
         for run in window.cycle[: plan.n_slots]:
             check(window, run)
-        assert window.wait_s == waited
+        assert window.times.sums_s()["wait"] == waited
 
 
 def test_passes_that_skip_the_head_and_passes_that_do_not() -> None:

@@ -95,11 +95,33 @@ def test_statistics_add_up(model: Model) -> None:
     assert usage.decode_tps > 0
     assert 0 < usage.rss_bytes <= usage.peak_bytes <= usage.budget_bytes == BUDGET == model.plan.budget_bytes
     assert usage.bytes_streamed == 0
-    assert usage.wait_s >= 0
+    assert usage.wait_s == usage.read_s == 0  # everything is resident
+    assert 0 < usage.sample_s < usage.compute_s
+    assert usage.ttft_s < usage.elapsed_s
     assert usage.predicted_decode_tps == model.plan.predicted_decode_tps > 0
     assert usage.backend == model.backend == "numpy"
+    assert all(chunk.usage.other_s > 0 for chunk in chunks)
     assert chunks[0].usage.decode_tps == 0
     assert any("chosen" in note for note in model.notes)
+
+
+def test_the_pass_that_ends_an_answer_is_in_its_times(model: Model) -> None:
+    """The end token is computed and never yielded."""
+    first = next(chunk.token_id for chunk in model.stream(PROMPT, max_tokens=1, ignore_eos=True))
+    assert first is not None
+    model.tokenizer.eos_ids = frozenset({first})  # type: ignore[misc]
+    (last,) = model.stream(PROMPT)
+    assert (last.finish_reason, last.usage.completion_tokens) == ("stop", 0)
+    assert last.usage.other_s > 0
+
+
+def test_a_recording_holds_the_tokens_of_a_stream(model: Model) -> None:
+    with model.record() as timeline:
+        list(model.stream(PROMPT, max_tokens=5, ignore_eos=True))
+    model.generate(PROMPT, max_tokens=3)  # not in it any more
+    kinds = [event.kind for event in timeline.events()]
+    assert (kinds.count("token"), kinds.count("sample")) == (5, 5)
+    assert kinds.index("compute") < kinds.index("token")
 
 
 def test_max_tokens_is_exact_and_the_context_ends_a_stream(model: Model) -> None:
