@@ -12,13 +12,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from edgelm.engine.generate import Conversation, FinishReason, token_ids
+from edgelm.engine.loading import replan
 from edgelm.engine.sampling import Processor, Sampler, Sampling, make_sampler
 from edgelm.errors import Cancelled, ConfigError
 from edgelm.files.model import ModelFile
 from edgelm.memory.meter import Meter
 from edgelm.memory.plan import Plan
+from edgelm.memory.platform.allocator import trim
 from edgelm.memory.timeline import Timeline
-from edgelm.opening import Opened
+from edgelm.opening import Opened, concessions
+from edgelm.sizes import parse_size
 from edgelm.text.stops import StopMatcher
 from edgelm.text.tokenizer import Tokenizer
 from edgelm.turns import Turn, Turns
@@ -61,7 +64,7 @@ class Model:
 
     def __init__(self, opened: Opened) -> None:
         self._engine = opened.engine
-        self._file = opened.file
+        self._file, self._prepared = opened.file, opened.prepared
         self.tokenizer: Tokenizer = opened.tokenizer
         self.backend: str = opened.backend
         self.notes: tuple[str, ...] = opened.notes
@@ -149,7 +152,7 @@ class Model:
         try:
             with self.turns.held(turn, timeout_s):
                 clock.started()
-                clock.prefilled(self._conversation.prefill(ids))
+                clock.prefilled(self._conversation.prefill(ids, lambda _: self.turns.breathe(turn)))
                 limit = min(max_tokens or room, room)
                 tokens = token_ids(self._conversation, ids, sampler, max_tokens=limit, ends=ends)
                 while reason is None:
@@ -193,6 +196,20 @@ class Model:
         The timeline takes up to 1.9 MB of the budget's reserve. Raises `ConfigError` for a second one at a time.
         """
         return self._engine.times.recording()
+
+    def set_budget(self, memory: str | int) -> Plan:
+        """Go over to another budget ("200MB", or bytes) and return its plan; from any thread, also during a stream.
+
+        A running stream goes on with its next token: the same tokens, the same cache, faster or slower. What the new
+        plan does not keep is given back before anything is read. Raises `BudgetTooSmall` with the smallest budget
+        that works with the cache as it is; nothing has changed then.
+        """
+        with self.turns.between():
+            plan = replan(self._prepared, self._engine, parse_size(memory))
+            self._engine.carry_out(plan)
+            trim()
+            self.notes = concessions(plan, plan.context)
+        return plan
 
     def close(self) -> None:
         """Give all memory back. Streams are stopped first; one that was left half-way ends when it is read again."""

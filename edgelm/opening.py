@@ -42,6 +42,7 @@ class Opened:
     file: ModelFile
     tokenizer: Tokenizer
     engine: Engine
+    prepared: Prepared
     backend: str
     notes: tuple[str, ...]
 
@@ -80,8 +81,8 @@ def open_engine(
         ready.session.close()
         ready.store.close()
         raise
-    notes = (*ready.notes, *_concessions(ready.prepared.plan, ready.file, context))
-    return Opened(ready.file, ready.tokenizer, engine, ready.backend.name, notes)
+    notes = (*ready.notes, *concessions(ready.prepared.plan, context or default_context(ready.file)))
+    return Opened(ready.file, ready.tokenizer, engine, ready.prepared, ready.backend.name, notes)
 
 
 def plan(
@@ -151,10 +152,10 @@ def _budget(memory: str | int | None) -> tuple[int, tuple[str, ...]]:
     )
 
 
-def _concessions(plan: Plan, file: ModelFile, context: int | None) -> tuple[str, ...]:
-    """Return what was given up to keep the budget, a sentence each."""
+def concessions(plan: Plan, wanted: int) -> tuple[str, ...]:
+    """Return what was given up to keep the budget, a sentence each. `wanted`: the context without a budget."""
     notes: list[str] = []
-    if plan.context < (wanted := context or default_context(file)):
+    if plan.context < wanted:
         notes.append(f"context shortened from {wanted} to {plan.context} tokens: the budget holds no more")
     if plan.chunk < min(CHUNKS[0], plan.context):
         notes.append(f"prompts are read in passes of {plan.chunk} tokens instead of {CHUNKS[0]}")

@@ -38,6 +38,7 @@ class Turns:
         self._asked: weakref.WeakSet[Turn] = weakref.WeakSet()
         self._waiting: list[Turn] = []
         self._current: Turn | None = None
+        self._n_visitors = 0
         self._closed = self._released = False
 
     def ask(self) -> Turn:
@@ -89,7 +90,33 @@ class Turns:
             yield
         finally:
             with self._state:
+                self._state.wait_for(lambda: not self._n_visitors)
                 turn.paused = False
+
+    def breathe(self, turn: Turn) -> None:
+        """Let visitors in, if there are any: a turn calls it between two passes of a long prompt."""
+        with self.pause(turn):
+            pass
+
+    @contextmanager
+    def between(self) -> Iterator[None]:
+        """While inside, no turn computes; a running one is met between two passes and goes on afterwards.
+
+        Raises `ConfigError` from inside a computation, or once the model is closed.
+        """
+        with self._state:
+            current = self._current
+            if current is not None and not current.paused and current.owner == threading.get_ident():
+                raise ConfigError("this cannot be done from inside a pass; do it between two chunks of a stream")
+            self._n_visitors += 1
+            try:
+                self._state.wait_for(lambda: self._current is None or self._current.paused)
+                if self._closed:
+                    raise ConfigError("the model is closed; load it again")
+                yield
+            finally:
+                self._n_visitors -= 1
+                self._state.notify_all()
 
     def close(self, release: Callable[[], None]) -> None:
         """Stop every turn, wait until none computes, and call `release`. Later calls do nothing."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from edgelm import Chat, Chunk, Model, Usage
+    from edgelm import Chat, Chunk, Model, Plan, Usage
 
 
 def find_model(model: str, *, offline: bool, quiet: bool) -> Path:
@@ -57,6 +57,13 @@ def start_lines(model: Model) -> list[str]:
     plan = model.plan
     first = f"{model.backend} backend, budget {human(plan.budget_bytes)}, context {plan.context}"
     return [first, *model.notes]
+
+
+def budget_lines(model: Model, plan: Plan) -> list[str]:
+    """Return what to say after a change of the budget."""
+    from edgelm.sizes import human
+
+    return [f"budget {human(plan.budget_bytes)}: predicted {plan.predicted_decode_tps:.1f} tok/s", *model.notes]
 
 
 def statistics(usage: Usage) -> dict[str, Any]:

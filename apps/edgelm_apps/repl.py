@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgelm_apps.engine import ask, interruptible, statistics_text, status_line
+from edgelm_apps.engine import ask, budget_lines, interruptible, statistics_text, status_line
 from edgelm_apps.output import note, print_dim, print_error
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ HELP = f"""\
 /stats         tokens, speed, time and memory of the last answer
 /stats on|off  show a line of it after each answer
 /clear         forget the conversation
+/budget SIZE   go over to another memory budget, such as 200MB; the conversation goes on
 /exit          leave (Ctrl-D does it too)
 A line that ends with \\ goes on in the next; {QUOTES} begins and ends a text of several lines.
 Ctrl-C stops an answer."""
@@ -176,6 +177,12 @@ def respond(conversation: Conversation, text: str) -> bool:
             note("a new conversation begins with this system message")
         case "/system":
             note(f"system message: {conversation.system}" if conversation.system else "there is no system message")
+        case "/budget" if rest.strip():
+            plan = conversation.model.set_budget(rest.strip())
+            for line in budget_lines(conversation.model, plan):
+                note(line)
+        case "/budget":
+            click.echo(str(conversation.model.plan))
         case "/stats" if rest.strip() in ("on", "off"):
             conversation.shows_status = rest.strip() == "on"
             note("a line of statistics follows each answer" if conversation.shows_status else "no more statistics")

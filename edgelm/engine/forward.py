@@ -99,8 +99,12 @@ class Engine:
         self.workspace.close()
         self.plan, self.window = plan, Window(self._store, plan, self.times)
         self.window.bytes_streamed = before.bytes_streamed
-        self._prepare(plan)
-        self.load()
+        try:
+            self._prepare(plan)
+            self.load()
+        except BaseException:
+            self.close()  # weights are missing: a closed model says so, a half one would compute with them
+            raise
 
     def _prepare(self, plan: Plan) -> None:
         """Cut the model at the edges of the plan's runs and lay out what passes between the segments."""
@@ -147,9 +151,9 @@ class Engine:
     ) -> NDArray[np.float32]:
         """Append `ids` to the cache; return the logits [n_outputs, n_vocab] of the last positions.
 
-        Passes take up to `plan.chunk` tokens; `progress` is called with the tokens done after each. The result is
-        valid until the next call. Raises `ContextOverflow`, or `Cancelled` with the passes before still stored.
-        A closed engine counts as cancelled: a stream that was left half-way may still come back.
+        Passes take up to `plan.chunk` tokens; `progress` is called with the tokens done between them, and may change
+        the plan. The result is valid until the next call. Raises `ContextOverflow`, or `Cancelled` with the passes
+        before still stored. A closed engine counts as cancelled: a stream that was left half-way may still come back.
         """
         if self._closed:
             raise Cancelled("the model was closed")
@@ -160,10 +164,10 @@ class Engine:
         n_known = self._embedding.n_rows
         if not 0 <= min(ids) <= max(ids) < n_known:
             raise ConfigError(f"token ids must be in 0…{n_known - 1}, got {min(ids)}…{max(ids)}; use its tokenizer")
-        chunk, done = self.plan.chunk, 0
-        while len(ids) - done > chunk:
+        done = 0
+        while len(ids) - done > self.plan.chunk:
             # the rows whose logits are wanted must share the last pass
-            n_tokens = min(chunk, len(ids) - n_outputs - done)
+            n_tokens = min(self.plan.chunk, len(ids) - n_outputs - done)
             if len(ids) - done - n_tokens == 1 and n_tokens > 2:
                 n_tokens -= 1  # kernels for one row add up in another order than those for several
             self._pass(ids[done : done + n_tokens], 1, final=False)
@@ -171,8 +175,6 @@ class Engine:
             if progress is not None:
                 progress(done)
         self._pass(ids[done:], n_outputs, final=True)
-        if progress is not None:
-            progress(len(ids))
         return self.workspace.logits(self._cut.tiles, n_outputs)
 
     def _pass(self, ids: Sequence[int], n_outputs: int, final: bool) -> None:

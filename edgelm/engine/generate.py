@@ -6,7 +6,7 @@ The innermost of the nested generators; `edgelm.model` puts text and statistics 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Literal
 
 from edgelm.engine.forward import Engine
@@ -23,10 +23,11 @@ class Conversation:
         self.engine = engine
         self._stored: list[int] = []
 
-    def prefill(self, ids: Sequence[int]) -> int:
+    def prefill(self, ids: Sequence[int], progress: Callable[[int], None] | None = None) -> int:
         """Append what is not stored yet of `ids`; return how many tokens were computed.
 
-        Logits of the last id are then in `logits`. Raises `ContextOverflow` before anything is computed.
+        `progress` is called between passes, with the tokens done. Logits of the last id are then in `logits`. Raises
+        `ContextOverflow` before anything is computed.
         """
         context = self.engine.plan.context
         if len(ids) >= context:
@@ -38,7 +39,7 @@ class Conversation:
             common += 1
         kept = self.engine.arena.truncate(common)
         del self._stored[kept:]
-        self._forward(ids[kept:])
+        self._forward(ids[kept:], progress)
         return len(ids) - kept
 
     def step(self, token: int) -> None:
@@ -50,10 +51,10 @@ class Conversation:
         """Whether no further token can be appended."""
         return self.engine.n_past >= self.engine.plan.context
 
-    def _forward(self, ids: Sequence[int]) -> None:
+    def _forward(self, ids: Sequence[int], progress: Callable[[int], None] | None = None) -> None:
         done = len(self._stored)
         try:
-            self.logits = self.engine.forward(ids)[-1]
+            self.logits = self.engine.forward(ids, progress=progress)[-1]
         finally:
             # a pass that was broken off may have cost older positions of a sliding window: then nothing is kept
             stored = self.engine.n_past

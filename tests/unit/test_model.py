@@ -250,9 +250,9 @@ def test_cancel_while_the_prompt_is_encoded(model: Model, monkeypatch: pytest.Mo
 def test_cancel_reaches_into_prefill(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     prefill = generate.Conversation.prefill
 
-    def interrupted(self: generate.Conversation, ids: Any) -> int:
+    def interrupted(self: generate.Conversation, *given: Any) -> int:
         join(in_thread(model.cancel))
-        return prefill(self, ids)
+        return prefill(self, *given)
 
     monkeypatch.setattr(generate.Conversation, "prefill", interrupted)
     (chunk,) = long(model)
