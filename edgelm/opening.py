@@ -16,6 +16,7 @@ from edgelm.engine.demand import CHUNKS
 from edgelm.engine.forward import Engine
 from edgelm.engine.health import choose
 from edgelm.engine.loading import Prepared, Request, build, default_context, prepare
+from edgelm.engine.reading import read_pattern
 from edgelm.errors import ConfigError
 from edgelm.files.gguf import ModelFile
 from edgelm.files.index import open_indexed
@@ -121,7 +122,8 @@ def _get_ready(
     try:
         session = chosen.open(n_threads)
         room = min(max(budget_bytes - platform.rss_bytes(), 0) // 2, MEASURING_BYTES)
-        rates = measured_rates(chosen, session, store, file, n_threads, limit_bytes=room)
+        pattern = read_pattern(store, file, room, streams=_may_stream(file, budget_bytes))
+        rates = measured_rates(chosen, session, file, n_threads, pattern, limit_bytes=room)
         trim()
         request = Request(budget_bytes, context, n_threads, max_outputs)
         prepared = prepare(file, chosen, session, request, _process_bytes(file), rates)
@@ -131,6 +133,11 @@ def _get_ready(
         store.close()
         raise
     return _Ready(file, tokenizer, chosen, session, store, prepared, (*note, *notes))
+
+
+def _may_stream(file: ModelFile, budget_bytes: int) -> bool:
+    """Say whether the flash's speed can matter: whether weights, with what comes with them, could miss the budget."""
+    return 2 * sum(file.file_bytes) > budget_bytes - current_platform().rss_bytes()
 
 
 def _process_bytes(file: ModelFile) -> int:

@@ -1,14 +1,12 @@
-"""How fast this device reads and computes, measured in a moment and kept on disk.
+"""How fast this device computes, measured in a moment and kept on disk; `reading` does the same for its flash.
 
-Flash is read the way the window reads it; matrices and a small transformer block are computed by the session that
-will run the model. Happens before a model's memory is planned, in little memory that is given back. Plans nothing.
+Matrices and a small transformer block are computed by the session that will run the model. Happens before a model's
+memory is planned, in little memory that is given back. Plans nothing.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,9 +22,8 @@ from edgelm.engine.machine import digest, last_cache_bytes, machine_key
 from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.gguf import ModelFile
 from edgelm.memory.buffer import PAGE, Buffer
+from edgelm.memory.flash import ReadPattern
 from edgelm.memory.plan import Rates
-from edgelm.memory.stores import Store
-from edgelm.memory.window import N_READERS
 from edgelm.sizes import MB, MIB
 
 LIMIT_BYTES = 20 * MB
@@ -35,7 +32,6 @@ KEPT_S = 86_400.0
 """How long a measurement is believed: drives fill up, processors get hot, machines get other work."""
 STEADY = 1.3
 """How much slower than the best eighth of repeats the middle one may be for a measurement to be kept."""
-FLASH_BYTES, FLASH_S, REQUEST_BYTES = 48 * MIB, 0.15, 1 * MIB
 MAX_COMPUTE_BYTES, COMPUTE_S, BUSY_S = 64 * MIB, 0.03, 0.1
 PIECE_BYTES = 1 * MIB
 N_TYPES = 4
@@ -47,15 +43,15 @@ _ENOUGH = 3
 def measured_rates(
     backend: Backend,
     session: Session,
-    store: Store,
     file: ModelFile,
     n_threads: int,
+    pattern: ReadPattern,
     *,
     limit_bytes: int = LIMIT_BYTES,
 ) -> Rates:
     """Return what the device does with this model: flash, kernels for its tensor types, and the cost of a pass.
 
-    Takes up to 0.4 s the first time on a machine, later a few milliseconds; at most `limit_bytes` of memory (no less
+    Takes up to 0.3 s the first time on a machine, later a few milliseconds; at most `limit_bytes` of memory (no less
     than 5 MB), which is returned to the system. If the limit is 4 MiB above twice the processor's last cache (or
     64 MiB), weights are measured as they come from memory; else from caches, and the rate is too high by what those
     gain. A budget that holds all weights has room for the former. Measures again every time where the cache folder
@@ -66,70 +62,10 @@ def measured_rates(
     seconds_per_byte = sum(share / kernels.bytes_per_s(*matrix) for matrix, share in shares.items())
     n_matrices = sum(1 for info in file.tensors.values() if info.n_rows > 1)
     return Rates(
-        flash_bytes_per_s=_flash(store, file),
+        flash_bytes_per_s=pattern.bytes_per_s,
         compute_bytes_per_s=1 / seconds_per_byte,
         pass_overhead_s=kernels.overhead_s() * n_matrices,
     )
-
-
-def flash_rate(store: Store, file: int, n_bytes: int, start: int = 0) -> float:
-    """Return the bytes a second that `store` delivers to several readers, over at most `FLASH_BYTES` of a file.
-
-    `file`, `n_bytes`: its number in the store and its size; `start`: where to begin.
-    """
-    request = min(REQUEST_BYTES, max(n_bytes - start, 1))
-    offsets = iter(range(start, min(n_bytes, start + FLASH_BYTES + request) - request + 1, request))
-    room = 2 * MIB  # one huge page for each reader, as the window's slots have them
-    lock = threading.Lock()
-    failures: list[BaseException] = []
-    done = 0
-    with Buffer(room * N_READERS, huge=True) as buffer:
-        store.read_into(file, next(offsets, 0), min(request, n_bytes), buffer.view, 0)  # wakes the device
-        began = time.perf_counter()
-
-        def work(place: int) -> None:
-            nonlocal done
-            while not failures and time.perf_counter() - began < FLASH_S:
-                with lock:
-                    offset = next(offsets, None)
-                if offset is None:
-                    return
-                try:
-                    store.read_into(file, offset, request, buffer.view, place)
-                except BaseException as exc:
-                    failures.append(exc)
-                    return
-                with lock:
-                    done += request
-
-        readers = [threading.Thread(target=work, args=(i * room,), daemon=True) for i in range(1, N_READERS)]
-        for reader in readers:
-            reader.start()
-        work(0)
-        for reader in readers:
-            reader.join()
-        elapsed = time.perf_counter() - began
-        if failures:
-            raise failures[0]
-        if not done:  # a file of one request: what was read to wake the device is all there is
-            began = time.perf_counter()
-            store.read_into(file, 0, min(request, n_bytes), buffer.view, 0)
-            done, elapsed = min(request, n_bytes), time.perf_counter() - began
-    return done / max(elapsed, 1e-9)
-
-
-def _flash(store: Store, file: ModelFile) -> float:
-    number = max(range(len(file.file_bytes)), key=file.file_bytes.__getitem__)
-    n_bytes = file.file_bytes[number]
-    path = _place("flash", store.how, _device(file.paths[number]), machine_key())
-    kept = _kept(path).get("bytes_per_s")
-    if kept is not None:
-        return kept
-    start = min(info.offset for info in file.tensors.values() if info.file == number)
-    rate = flash_rate(store, number, n_bytes, start)
-    if n_bytes - start >= FLASH_BYTES // 4:  # less says more about latency than about the device
-        _keep(path, {"bytes_per_s": rate})
-    return rate
 
 
 class _Kernels:
@@ -277,12 +213,6 @@ def _shares(file: ModelFile) -> dict[tuple[TensorType, int], float]:
     largest = sizes.most_common(N_TYPES)
     total = sum(n_bytes for _, n_bytes in largest)
     return {(kind, widths[kind].most_common(1)[0][0]): n_bytes / total for kind, n_bytes in largest}
-
-
-def _device(path: Path) -> str:
-    with suppress(OSError):
-        return str(os.stat(path).st_dev)
-    return str(path)  # a store of its own kind, with files that the system does not know
 
 
 def _place(what: str, *facts: object) -> Path:
