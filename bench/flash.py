@@ -30,7 +30,12 @@ SCRATCH_PIECE_BYTES = 4 << 20
 BLOCKS_KIB = (64, 128, 256, 512, 1024, 2048, 4096)
 LATENCY_BYTES, N_LATENCIES = 4096, 200
 MATRIX_BYTES = 64 << 20
-BUFFERS = {"huge pages": (True, 0), "small pages": (False, 0), "small pages, 512 bytes off": (False, 512)}
+BUFFERS = {
+    "huge pages": (True, 0),
+    "huge pages, 4 KiB off": (True, 4096),
+    "small pages": (False, 0),
+    "small pages, 512 bytes off": (False, 512),
+}
 
 
 @dataclass(slots=True)
