@@ -23,11 +23,13 @@ from typing import Any
 import common
 import uring
 
-from edgelm.memory.buffer import HUGE_PAGE, Buffer, align_up
+from edgelm.memory.buffer import Buffer
 
 SCRATCH_BYTES = 768 << 20
 SCRATCH_PIECE_BYTES = 4 << 20
 BLOCKS_KIB = (64, 128, 256, 512, 1024, 2048, 4096)
+CYCLE_BYTES = 8 << 20
+"""Memory that blocks land in by turns, as in a window's slots, and more than the cache of a core holds."""
 LATENCY_BYTES, N_LATENCIES = 4096, 200
 MATRIX_BYTES = 64 << 20
 BUFFERS = {
@@ -38,6 +40,12 @@ BUFFERS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    address: int
+    view: memoryview
+
+
 @dataclass(slots=True)
 class File:
     """The file that is read, in order and round and round."""
@@ -46,31 +54,41 @@ class File:
     handle: int = field(init=False)
     n_bytes: int = field(init=False)
     _at: int = 0
+    _n_read: int = 0
 
     def __post_init__(self) -> None:
         self.handle, self.n_bytes = os.open(self.path, os.O_RDONLY | os.O_DIRECT), os.path.getsize(self.path)
 
-    def next(self, block: int) -> int:
-        """Return the offset of the next block. Called under a lock, or in one thread."""
+    def next(self, block: int, room: int) -> tuple[int, int]:
+        """Return the offset of the next block, and its place in `room` bytes. Called under a lock, or in one thread."""
         start = self._at if self._at + block <= self.n_bytes else 0
-        self._at = start + block
-        return start
+        self._at, self._n_read = start + block, self._n_read + 1
+        return start, self._n_read % (room // block) * block
 
 
-Cell = Callable[[File, Buffer, int, int, float], tuple[int, float]]
+@contextmanager
+def memory_of(n_bytes: int, huge: bool, shift: int = 0) -> Iterator[Memory]:
+    """Give memory whose pages are there already, `shift` bytes off their beginning."""
+    with Buffer(n_bytes + shift, huge=huge) as buffer:
+        ctypes.memset(buffer.address, 1, buffer.n_bytes)
+        memory = Memory(buffer.address + shift, buffer.view[shift:])
+        yield memory
+        memory.view.release()
 
 
-def by_threads(file: File, memory: Buffer, block: int, depth: int, seconds: float, shift: int = 0) -> tuple[int, float]:
+Cell = Callable[[File, Memory, int, int, float], tuple[int, float]]
+
+
+def by_threads(file: File, memory: Memory, block: int, depth: int, seconds: float) -> tuple[int, float]:
     """Read with `depth` threads for `seconds`; return bytes and the time that they took."""
-    room, lock, done = align_up(block + shift, HUGE_PAGE), threading.Lock(), [0] * depth
+    room, lock, done = max(CYCLE_BYTES, block * depth), threading.Lock(), [0] * depth
     began = time.perf_counter()
 
     def work(i: int) -> None:
-        view = memory.view[i * room + shift : i * room + shift + block]
         while time.perf_counter() - began < seconds:
             with lock:
-                offset = file.next(block)
-            done[i] += os.preadv(file.handle, [view], offset)
+                offset, at = file.next(block, room)
+            done[i] += os.preadv(file.handle, [memory.view[at : at + block]], offset)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(1, depth)]
     for thread in threads:
@@ -81,20 +99,20 @@ def by_threads(file: File, memory: Buffer, block: int, depth: int, seconds: floa
     return sum(done), time.perf_counter() - began
 
 
-def by_uring(file: File, memory: Buffer, block: int, depth: int, seconds: float) -> tuple[int, float]:
+def by_uring(file: File, memory: Memory, block: int, depth: int, seconds: float) -> tuple[int, float]:
     """Read with one thread and `depth` requests in its ring."""
-    room, done, flying = align_up(block, HUGE_PAGE), 0, depth
+    room, done, flying = max(CYCLE_BYTES, block * depth), 0, 0
     ring = uring.Ring(depth)
     began = time.perf_counter()
-    for i in range(depth):
-        ring.read(file.handle, memory.address + i * room, block, file.next(block), i)
-    while flying:
-        for tag, n_bytes in ring.wait():
-            done += n_bytes
-            if time.perf_counter() - began < seconds:
-                ring.read(file.handle, memory.address + tag * room, block, file.next(block), tag)
-            else:
-                flying -= 1
+    n_new = depth
+    while n_new or flying:
+        for _ in range(n_new):
+            offset, at = file.next(block, room)
+            ring.read(file.handle, memory.address + at, block, offset, 0)
+        finished = ring.wait()
+        flying += n_new - len(finished)
+        done += sum(n_bytes for _, n_bytes in finished)
+        n_new = len(finished) if time.perf_counter() - began < seconds else 0
     elapsed = time.perf_counter() - began
     ring.close()
     return done, elapsed
@@ -160,9 +178,8 @@ def patterns(report: common.Report, file: File, args: Any) -> None:
     cells = list(product(ways, args.blocks, args.threads))
     turns: dict[tuple[Any, ...], list[Any]] = {}
     alone: list[float] = []
-    largest = max(align_up(block << 10, HUGE_PAGE) for block in args.blocks) * max(args.threads)
-    with Buffer(largest, huge=True) as memory:
-        ctypes.memset(memory.address, 1, largest)  # pages are there before the first turn
+    largest = max(max(args.blocks) * max(args.threads) << 10, CYCLE_BYTES)
+    with memory_of(largest, huge=True) as memory:
         for _, busy in product(range(args.rounds), (False, True)):
             random.shuffle(cells)
             with computing(busy) as compute:
@@ -185,16 +202,11 @@ def patterns(report: common.Report, file: File, args: Any) -> None:
 def buffers(report: common.Report, file: File, args: Any) -> None:
     """Compare what the reads land in."""
     found: dict[str, list[Any]] = {name: [] for name in BUFFERS}
-    block, depth = args.blocks[len(args.blocks) // 2] << 10, 2
+    block, depth = 1 << 20, 2
     for _ in range(args.rounds):
         for name, (huge, shift) in BUFFERS.items():
-            with Buffer(depth * align_up(block + shift, HUGE_PAGE), huge=huge) as memory:
-                ctypes.memset(memory.address, 1, memory.n_bytes)
-
-                def cell(*arguments: Any, shift: int = shift) -> tuple[int, float]:
-                    return by_threads(*arguments, shift=shift)
-
-                found[name].append(turn(None, cell, file, memory, block, depth, args.seconds))
+            with memory_of(CYCLE_BYTES, huge, shift) as memory:
+                found[name].append(turn(None, by_threads, file, memory, block, depth, args.seconds))
     for name, turns in found.items():
         speeds, costs, _ = zip(*turns, strict=True)
         report.add(

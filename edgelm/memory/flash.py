@@ -5,6 +5,7 @@ Measures through a store, as the window reads. Knows numbered files and bytes; k
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 import time
@@ -212,7 +213,8 @@ class _Reader:
         room = max(min(limit_bytes // 2, _MEMORY_BYTES), BLOCKS[0])
         self.largest_bytes = max(min(1 << room.bit_length() - 1, self._stop - self._start), 1)
         self._buffer = Buffer(align_up(self.largest_bytes) * (room // align_up(self.largest_bytes)), huge=True)
-        self._at, self._lock = self._start, threading.Lock()
+        ctypes.memset(self._buffer.address, 0, self._buffer.n_bytes)  # so that no turn pays for new pages
+        self._at, self._place, self._lock = self._start, 0, threading.Lock()
 
     def __enter__(self) -> _Reader:
         return self
@@ -242,10 +244,9 @@ class _Reader:
 
         def work(i: int) -> None:
             cpu = time.thread_time()
-            place = i * align_up(shape.block_bytes) % self._buffer.n_bytes
             try:
                 while not failures and (not done[i] or time.perf_counter() - began < seconds):
-                    offset = self._next(shape.block_bytes)
+                    offset, place = self._next(shape.block_bytes)
                     self._store.read_into(self._file, offset, shape.block_bytes, self._buffer.view, place)
                     done[i] += shape.block_bytes
             except BaseException as exc:
@@ -263,8 +264,11 @@ class _Reader:
         elapsed = max(time.perf_counter() - began, 1e-9)
         return Turn(self._store.how, *shape, sum(done) / elapsed, sum(cpu_s) / sum(done) * GB)
 
-    def _next(self, block: int) -> int:
+    def _next(self, block: int) -> tuple[int, int]:
+        """Return where to read the next block from, and where to."""
         with self._lock:
             offset = self._at if self._at + block <= self._stop else self._start
-            self._at = offset + block
-        return offset
+            # through all of the memory, as slots are filled in turn: the same place again would stay in a cache
+            place = self._place if self._place + align_up(block) <= self._buffer.n_bytes else 0
+            self._at, self._place = offset + block, place + align_up(block)
+        return offset, place
