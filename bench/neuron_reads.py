@@ -18,7 +18,7 @@ import common
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.files.gguf import ModelFile
+from edgelm.files.model import ModelFile
 
 Chosen = NDArray[np.bool_]
 """Which neurons of a layer are used, [tokens, neurons]."""

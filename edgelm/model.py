@@ -20,7 +20,7 @@ from edgelm.memory.meter import Meter
 from edgelm.memory.plan import Plan
 from edgelm.memory.platform.allocator import trim
 from edgelm.memory.timeline import Timeline
-from edgelm.opening import Opened, concessions
+from edgelm.opening import Opened, concessions, with_flash
 from edgelm.sizes import parse_size
 from edgelm.text.stops import StopMatcher
 from edgelm.text.tokenizer import Tokenizer
@@ -205,6 +205,8 @@ class Model:
         that works with the cache as it is; nothing has changed then.
         """
         with self.turns.between():
+            if self._engine.pattern is None:
+                self._prepared = with_flash(self._prepared, self._engine, self._file)
             plan = replan(self._prepared, self._engine, parse_size(memory))
             self._engine.carry_out(plan)
             trim()

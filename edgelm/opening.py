@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
+from typing import TYPE_CHECKING
 
 from edgelm.engine.backend import Backend, Session
 from edgelm.engine.calibration import measured_rates
-from edgelm.engine.demand import CHUNKS
+from edgelm.engine.demand import CHUNKS, RESERVE_BYTES
 from edgelm.engine.forward import Engine
 from edgelm.engine.health import choose
 from edgelm.engine.loading import Prepared, Request, build, default_context, prepare
@@ -27,10 +28,15 @@ from edgelm.memory.stores import Store, open_loader, open_store
 from edgelm.sizes import MB, human, parse_size
 from edgelm.text.tokenizer import Tokenizer, load_tokenizer
 
+if TYPE_CHECKING:
+    from edgelm.memory.flash import ReadPattern
+
 TEMPLATE_BYTES = 6_500_000
 """The template engine, which is imported when the first chat is rendered."""
 MEASURING_BYTES = 100 * MB
 """Memory that measuring the device may take where the budget has it: weights must not fit into a cache."""
+SPARE_BYTES = 8 * MB
+"""What measuring leaves of the budget."""
 SPARE_SHARE = 0.8
 """Share of the available memory that a model without a stated budget may take: the rest is the device's margin."""
 
@@ -121,17 +127,39 @@ def _get_ready(
     session: Session | None = None
     try:
         session = chosen.open(n_threads)
-        room = min(max(budget_bytes - platform.rss_bytes(), 0) // 2, MEASURING_BYTES)
-        rates = measured_rates(chosen, session, store, file, n_threads, limit_bytes=room)
+        room = min(max(budget_bytes - platform.rss_bytes() - SPARE_BYTES, 0), MEASURING_BYTES)
+        pattern = _pattern(store, file, room) if _may_stream(file, budget_bytes) else None
+        flash_bytes_per_s = pattern.bytes_per_s if pattern else 0.0
+        rates = measured_rates(chosen, session, file, n_threads, flash_bytes_per_s, limit_bytes=room)
         trim()
         request = Request(budget_bytes, context, n_threads, max_outputs)
-        prepared = prepare(file, chosen, session, request, _process_bytes(file), rates)
+        prepared = prepare(file, chosen, session, request, _process_bytes(file), rates, pattern)
     except BaseException:
         if session is not None:
             session.close()
         store.close()
         raise
     return _Ready(file, tokenizer, chosen, session, store, prepared, (*note, *notes))
+
+
+def with_flash(prepared: Prepared, engine: Engine, file: ModelFile) -> Prepared:
+    """Return what a model was prepared from with its flash measured, which a resident model has no use for."""
+    if prepared.rates is None:
+        return prepared
+    engine.pattern = _pattern(engine.store, file, RESERVE_BYTES)
+    rates = replace(prepared.rates, flash_bytes_per_s=engine.pattern.bytes_per_s)
+    return replace(prepared, pattern=engine.pattern, rates=rates)
+
+
+def _pattern(store: Store, file: ModelFile, limit_bytes: int) -> ReadPattern:
+    from edgelm.engine.reading import read_pattern  # resident models do without
+
+    return read_pattern(store, file, limit_bytes)
+
+
+def _may_stream(file: ModelFile, budget_bytes: int) -> bool:
+    """Say whether the flash's speed can matter: whether weights, with what comes with them, could miss the budget."""
+    return 2 * sum(file.file_bytes) > budget_bytes - current_platform().rss_bytes()
 
 
 def _process_bytes(file: ModelFile) -> int:

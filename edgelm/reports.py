@@ -12,22 +12,22 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import edgelm
 from edgelm.cachedir import cache_dir
-from edgelm.engine.calibration import flash_rate
 from edgelm.engine.health import check
 from edgelm.engine.machine import cpu_model
+from edgelm.engine.reading import known, measure
 from edgelm.engine.registry import HINTS, backend_names, get_backend
 from edgelm.errors import EdgeLMError
 from edgelm.files.gguf import open_model
 from edgelm.files.strings import StringArray
+from edgelm.memory.flash import ENOUGH_BYTES, Calibration
 from edgelm.memory.platform import current_platform
-from edgelm.memory.stores import open_store
 from edgelm.sizes import MIB, human
 
 _TRIAL_BYTES = 64 * MIB
@@ -93,7 +93,8 @@ def backends(*, recheck: bool = False) -> tuple[BackendReport, ...]:
 def doctor(path: str | os.PathLike[str] | None = None, *, recheck: bool = False) -> dict[str, Any]:
     """Describe this device as plain values: versions, processor, memory, backends, cache folder, flash.
 
-    Flash is measured on the file at `path`, else on 64 MB written to the cache folder and removed again.
+    Flash is measured on the file at `path`, else on the largest model in the cache folder, else on 64 MB written there
+    and removed again. Its table, and the trials of backends, are recalled if they are known; `recheck` repeats them.
     `warnings` are sentences, each with what to do. Sizes end in `_bytes`, durations in `_s`.
     """
     system = current_platform()
@@ -110,7 +111,7 @@ def doctor(path: str | os.PathLike[str] | None = None, *, recheck: bool = False)
         "cache": {"folder": str(cache_dir()), "size_bytes": _folder_bytes(cache_dir())},
     }
     try:
-        facts["flash"] = _flash(Path(path) if path is not None else None)
+        facts["flash"] = _flash(Path(path) if path is not None else None, recheck)
     except (OSError, EdgeLMError) as exc:
         facts["flash"] = {"problem": str(exc)}
     facts["warnings"] = _warnings(facts, reports)
@@ -151,36 +152,44 @@ def _folder_bytes(folder: Path) -> int:
     return total
 
 
-def _flash(path: Path | None) -> dict[str, Any]:
-    if path is not None:
-        return _read_speed(path)
+def _flash(path: Path | None, recheck: bool) -> dict[str, Any]:
+    if path is not None or (path := _model_at_hand()) is not None:
+        return _reading((None if recheck else known(path)) or measure(path)) | {"measured_on": str(path)}
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
     trial = folder / f"flash-{os.getpid()}-{time.monotonic_ns()}.tmp"
     try:
         pattern = os.urandom(_PATTERN_BYTES)  # not zeros: some file systems and drives store those for free
         with trial.open("xb", buffering=0) as file:
-            for _ in range(_TRIAL_BYTES // _PATTERN_BYTES):
-                file.write(pattern)
-            os.fsync(file.fileno())
-        return _read_speed(trial) | {"measured_on": f"{human(_TRIAL_BYTES)} in {folder}"}
+            file.write(pattern)
+            found = None if recheck else known(trial)
+            if found is None:
+                for _ in range(_TRIAL_BYTES // _PATTERN_BYTES - 1):
+                    file.write(pattern)
+                os.fsync(file.fileno())
+        return _reading(found or measure(trial)) | {"measured_on": f"{human(_TRIAL_BYTES)} in {folder}"}
     finally:
         with suppress(OSError):
             trial.unlink()
 
 
-def _read_speed(path: Path) -> dict[str, Any]:
-    store, how = open_store([str(path)])
-    try:
-        speed = flash_rate(store, 0, path.stat().st_size)
-    finally:
-        store.close()
-    direct = how.startswith("direct")
+def _model_at_hand() -> Path | None:
+    """Return the largest model in the cache folder, if it is large enough to be measured."""
+    sizes = {path: path.stat().st_size for path in cache_dir().rglob("*.gguf") if path.is_file()}
+    largest = max(sizes, key=sizes.__getitem__, default=None)
+    return largest if largest is not None and sizes[largest] >= ENOUGH_BYTES else None
+
+
+def _reading(found: Calibration) -> dict[str, Any]:
+    best = found.pattern
     return {
-        "read_bytes_per_s": speed,
-        "direct": direct,
-        "how": f"page cache bypassed by {current_platform().direct_how}" if direct else how,
-        "measured_on": str(path),
+        "read_bytes_per_s": best.bytes_per_s,
+        "pattern": {"block_bytes": best.block_bytes, "n_parallel": best.n_parallel},
+        "latency_s": best.latency_s,
+        "cpu_s_per_gb": best.cpu_s_per_gb,
+        "direct": best.direct,
+        "how": f"page cache bypassed by {current_platform().direct_how}" if best.direct else best.how,
+        "table": [asdict(turn) for turn in found.table],
     }
 
 

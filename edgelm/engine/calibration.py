@@ -1,14 +1,12 @@
-"""How fast this device reads and computes, measured in a moment and kept on disk.
+"""How fast this device computes, measured in a moment and kept on disk; `reading` does the same for its flash.
 
-Flash is read the way the window reads it; matrices and a small transformer block are computed by the session that
-will run the model. Happens before a model's memory is planned, in little memory that is given back. Plans nothing.
+Matrices and a small transformer block are computed by the session that will run the model. Happens before a model's
+memory is planned, in little memory that is given back. Plans nothing.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,8 +23,6 @@ from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.model import ModelFile
 from edgelm.memory.buffer import PAGE, Buffer
 from edgelm.memory.predict import Rates
-from edgelm.memory.stores import Store
-from edgelm.memory.window import N_READERS
 from edgelm.sizes import MB, MIB
 
 LIMIT_BYTES = 20 * MB
@@ -35,27 +31,31 @@ KEPT_S = 86_400.0
 """How long a measurement is believed: drives fill up, processors get hot, machines get other work."""
 STEADY = 1.3
 """How much slower than the best eighth of repeats the middle one may be for a measurement to be kept."""
-FLASH_BYTES, FLASH_S, REQUEST_BYTES = 48 * MIB, 0.15, 1 * MIB
 MAX_COMPUTE_BYTES, COMPUTE_S, BUSY_S = 64 * MIB, 0.03, 0.1
 PIECE_BYTES = 1 * MIB
+WIDE = 32
+"""Tokens of the products that say how fast wide passes are."""
 N_TYPES = 4
 """Tensor types measured, those with the most bytes; the others are taken to be as fast as these."""
 _BLOCKS = 4
+_HOW = ("from memory", "from cache")
 _ENOUGH = 3
 
 
 def measured_rates(
     backend: Backend,
     session: Session,
-    store: Store,
     file: ModelFile,
     n_threads: int,
+    flash_bytes_per_s: float,
     *,
     limit_bytes: int = LIMIT_BYTES,
 ) -> Rates:
-    """Return what the device does with this model: flash, kernels for its tensor types, and the cost of a pass.
+    """Return what the device does with this model: kernels for its tensor types, and the cost of a pass.
 
-    Takes up to 0.4 s the first time on a machine, later a few milliseconds; at most `limit_bytes` of memory (no less
+    The speed of its flash is taken over as given.
+
+    Takes up to 0.3 s the first time on a machine, later a few milliseconds; at most `limit_bytes` of memory (no less
     than 5 MB), which is returned to the system. If the limit is 4 MiB above twice the processor's last cache (or
     64 MiB), weights are measured as they come from memory; else from caches, and the rate is too high by what those
     gain. A budget that holds all weights has room for the former. Measures again every time where the cache folder
@@ -64,72 +64,14 @@ def measured_rates(
     shares = _shares(file)
     kernels = _Kernels(backend, session, n_threads, limit_bytes)
     seconds_per_byte = sum(share / kernels.bytes_per_s(*matrix) for matrix, share in shares.items())
+    wide_seconds_per_byte = sum(share / kernels.bytes_per_s(*matrix, WIDE) for matrix, share in shares.items())
     n_matrices = sum(1 for info in file.tensors.values() if info.n_rows > 1)
     return Rates(
-        flash_bytes_per_s=_flash(store, file),
+        flash_bytes_per_s=flash_bytes_per_s,
         compute_bytes_per_s=1 / seconds_per_byte,
+        wide_bytes_per_s=1 / wide_seconds_per_byte,
         pass_overhead_s=kernels.overhead_s() * n_matrices,
     )
-
-
-def flash_rate(store: Store, file: int, n_bytes: int, start: int = 0) -> float:
-    """Return the bytes a second that `store` delivers to several readers, over at most `FLASH_BYTES` of a file.
-
-    `file`, `n_bytes`: its number in the store and its size; `start`: where to begin.
-    """
-    request = min(REQUEST_BYTES, max(n_bytes - start, 1))
-    offsets = iter(range(start, min(n_bytes, start + FLASH_BYTES + request) - request + 1, request))
-    room = 2 * MIB  # one huge page for each reader, as the window's slots have them
-    lock = threading.Lock()
-    failures: list[BaseException] = []
-    done = 0
-    with Buffer(room * N_READERS, huge=True) as buffer:
-        store.read_into(file, next(offsets, 0), min(request, n_bytes), buffer.view, 0)  # wakes the device
-        began = time.perf_counter()
-
-        def work(place: int) -> None:
-            nonlocal done
-            while not failures and time.perf_counter() - began < FLASH_S:
-                with lock:
-                    offset = next(offsets, None)
-                if offset is None:
-                    return
-                try:
-                    store.read_into(file, offset, request, buffer.view, place)
-                except BaseException as exc:
-                    failures.append(exc)
-                    return
-                with lock:
-                    done += request
-
-        readers = [threading.Thread(target=work, args=(i * room,), daemon=True) for i in range(1, N_READERS)]
-        for reader in readers:
-            reader.start()
-        work(0)
-        for reader in readers:
-            reader.join()
-        elapsed = time.perf_counter() - began
-        if failures:
-            raise failures[0]
-        if not done:  # a file of one request: what was read to wake the device is all there is
-            began = time.perf_counter()
-            store.read_into(file, 0, min(request, n_bytes), buffer.view, 0)
-            done, elapsed = min(request, n_bytes), time.perf_counter() - began
-    return done / max(elapsed, 1e-9)
-
-
-def _flash(store: Store, file: ModelFile) -> float:
-    number = max(range(len(file.file_bytes)), key=file.file_bytes.__getitem__)
-    n_bytes = file.file_bytes[number]
-    path = _place("flash", store.how, _device(file.paths[number]), machine_key())
-    kept = _kept(path).get("bytes_per_s")
-    if kept is not None:
-        return kept
-    start = min(info.offset for info in file.tensors.values() if info.file == number)
-    rate = flash_rate(store, number, n_bytes, start)
-    if n_bytes - start >= FLASH_BYTES // 4:  # less says more about latency than about the device
-        _keep(path, {"bytes_per_s": rate})
-    return rate
 
 
 class _Kernels:
@@ -138,12 +80,15 @@ class _Kernels:
     def __init__(self, backend: Backend, session: Session, n_threads: int, limit_bytes: int) -> None:
         wanted = min(2 * last_cache_bytes(), MAX_COMPUTE_BYTES)
         self._session, self._n_bytes = session, max(min(wanted, limit_bytes - 4 * MIB), PIECE_BYTES)
-        cached = self._n_bytes < wanted
-        self._path = _place("kernels", backend.name, identity(backend), n_threads, cached, machine_key())
-        self._known = _kept(self._path)
+        places = [_place("kernels", backend.name, identity(backend), n_threads, how, machine_key()) for how in _HOW]
+        self._path = places[self._n_bytes < wanted]
+        # what was measured with more room is better than what little room would tell
+        self._known = _kept(places[1]) | _kept(places[0])
 
-    def bytes_per_s(self, kind: TensorType, width: int) -> float:
-        return self._get(f"{kind.name} {width}", lambda: _matrix_rate(self._session, kind, width, self._n_bytes))
+    def bytes_per_s(self, kind: TensorType, width: int, n_tokens: int = 1) -> float:
+        """Bytes of weights times tokens a second."""
+        name = f"{kind.name} {width}" + (f" x {n_tokens}" if n_tokens > 1 else "")
+        return self._get(name, lambda: _matrix_rate(self._session, kind, width, self._n_bytes, n_tokens))
 
     def overhead_s(self) -> float:
         """Seconds that a matrix costs beside its bytes: starting kernels, and the small operations around it."""
@@ -155,32 +100,32 @@ class _Kernels:
         value, steady = measure()
         if steady:
             self._known[name] = value
-            _keep(self._path, self._known)
+            _keep(self._path, _kept(self._path) | {name: value})
         return value
 
 
-def _matrix_rate(session: Session, kind: TensorType, width: int, n_bytes: int) -> tuple[float, bool]:
-    """Bytes a second of products of one row with matrices of this type and width; `n_bytes` are visited in turn.
+def _matrix_rate(session: Session, kind: TensorType, width: int, n_bytes: int, n_tokens: int) -> tuple[float, bool]:
+    """Bytes times tokens a second of products with matrices of this type and width; `n_bytes` are visited in turn.
 
     Also says whether the measurements agree: on a busy machine threads wait for each other for whole time slices.
     Many short products rather than a few long ones, so that some of them are not interrupted.
     """
     row = row_bytes(kind, width)
     rows = max(PIECE_BYTES // row // 32 * 32, 32)
-    with Buffer(n_bytes, huge=True) as weights, Buffer((width + rows) * 4) as state:
+    with Buffer(n_bytes, huge=True) as weights, Buffer((width + rows) * 4 * n_tokens) as state:
         # every page written once: unwritten ones would all be the same page of zeros, and never leave the cache.
         # Ones are small, ordinary numbers in every type: no NaN, and as float32 no denormals, which are slow.
         ctypes.memset(weights.address, 1, n_bytes)
-        (ctypes.c_float * width).from_address(state.address)[:] = [1.0] * width
-        x, y = state.address, state.address + width * 4
+        (ctypes.c_float * (width * n_tokens)).from_address(state.address)[:] = [1.0] * (width * n_tokens)
+        x, y = state.address, state.address + width * n_tokens * 4
         weight = Weight("", kind, width, rows)
         values = (Value(width, "token"), Value(rows, "token"))
         segment = Segment((Op("linear", (0,), 1, (weight,)),), values, (0,), (1,), (weight,), 0)
-        program = session.compile(segment, PassShape(1, 1, ()))
+        program = session.compile(segment, PassShape(n_tokens, 1, ()))
         pieces = range(weights.address, weights.address + n_bytes - rows * row + 1, PIECE_BYTES)
         seconds, steady = _usual_s(program, [Bindings((x,), (y,), (at,), (), (), 0, 0, (), ()) for at in pieces])
         del program
-    return rows * row / seconds, steady
+    return n_tokens * rows * row / seconds, steady
 
 
 def _block_s(session: Session) -> tuple[float, bool]:
@@ -277,12 +222,6 @@ def _shares(file: ModelFile) -> dict[tuple[TensorType, int], float]:
     largest = sizes.most_common(N_TYPES)
     total = sum(n_bytes for _, n_bytes in largest)
     return {(kind, widths[kind].most_common(1)[0][0]): n_bytes / total for kind, n_bytes in largest}
-
-
-def _device(path: Path) -> str:
-    with suppress(OSError):
-        return str(os.stat(path).st_dev)
-    return str(path)  # a store of its own kind, with files that the system does not know
 
 
 def _place(what: str, *facts: object) -> Path:

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,10 @@ from edgelm.memory.window import N_READERS, Window
 
 MAX_SHAPES = 3
 """Compiled shapes kept: the decode pass, the prompt chunk, and the rest of a prompt."""
+
+
+if TYPE_CHECKING:
+    from edgelm.memory.flash import ReadPattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +70,11 @@ class Engine:
         session: Session,
         n_threads: int,
         max_outputs: int = 1,
+        pattern: ReadPattern | None = None,
     ) -> None:
         """`load` must be called before the first pass."""
         self.arena, self.session, self.max_outputs = arena, session, max_outputs
-        self._model, self._tensors, self._pinned, self._store = model, model.tensors, pinned, store
+        self._model, self._tensors, self._pinned, self.store = model, model.tensors, pinned, store
         self._n_threads = n_threads
         self._groups = tuple(sorted(arena.windows))
         self._embedding = model.embedding
@@ -77,7 +83,8 @@ class Engine:
         self._stop = threading.Event()
         self._closed = False
         self.times = Times()
-        self.plan, self.window = plan, Window(store, plan, self.times)
+        self.pattern = pattern
+        self.plan, self.window = plan, self._open_window(plan)
         self._prepare(plan)
 
     def load(
@@ -88,7 +95,7 @@ class Engine:
     ) -> None:
         """Read what the plan pins, through `loader` (the engine's own store by default), and begin to stream."""
         parts = [part for i in sorted(self.plan.pinned) for part in self.plan.units[i].parts]
-        self._pinned.keep([*self._model.constants.parts, *parts], loader or self._store, N_READERS, progress, cancelled)
+        self._pinned.keep([*self._model.constants.parts, *parts], loader or self.store, N_READERS, progress, cancelled)
         self.window.start()
 
     def carry_out(self, plan: Plan) -> None:
@@ -97,7 +104,7 @@ class Engine:
         before.close()
         self._steps.clear()  # programs hold on to scratch memory and addresses
         self.workspace.close()
-        self.plan, self.window = plan, Window(self._store, plan, self.times)
+        self.plan, self.window = plan, self._open_window(plan)
         self.window.bytes_streamed = before.bytes_streamed
         try:
             self._prepare(plan)
@@ -105,6 +112,15 @@ class Engine:
         except BaseException:
             self.close()  # weights are missing: a closed model says so, a half one would compute with them
             raise
+
+    def _open_window(self, plan: Plan) -> Window:
+        """Return a window that has as many bytes in flight as the flash was found to need, as far as slots allow."""
+        if self.pattern is None or not plan.streamed:
+            return Window(self.store, plan, self.times)
+        block_bytes = min(self.pattern.block_bytes, plan.slot_bytes)
+        n_readers = -(-self.pattern.block_bytes * self.pattern.n_parallel // block_bytes)
+        n_readers = max(N_READERS, min(n_readers, self.pattern.n_parallel * 2, plan.n_slots))
+        return Window(self.store, plan, self.times, block_bytes=block_bytes, n_readers=n_readers)
 
     def _prepare(self, plan: Plan) -> None:
         """Cut the model at the edges of the plan's runs and lay out what passes between the segments."""
@@ -297,7 +313,7 @@ class Engine:
     def _read_row(self, token: int, info: TensorInfo) -> int:
         row = part_of(info, token, 1)
         buffer = self.workspace.row_buffer
-        return buffer.address + self._store.read_into(row.file, row.offset, row.n_bytes, buffer.view, 0)
+        return buffer.address + self.store.read_into(row.file, row.offset, row.n_bytes, buffer.view, 0)
 
     def close(self) -> None:
         """Give all memory back and stop the threads. Safe to call twice."""
@@ -310,4 +326,4 @@ class Engine:
         self.arena.close()
         self.workspace.close()
         self.session.close()
-        self._store.close()
+        self.store.close()

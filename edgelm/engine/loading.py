@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from edgelm.engine.architecture import record
 from edgelm.engine.backend import Backend, Session
@@ -19,6 +20,9 @@ from edgelm.memory.plan import Demand, Plan, make_plan
 from edgelm.memory.predict import Rates
 from edgelm.memory.stores import Store
 from edgelm.memory.units import smallest_slot
+
+if TYPE_CHECKING:
+    from edgelm.memory.flash import ReadPattern
 
 DEFAULT_CONTEXT = 4096
 MIN_CONTEXT = 16
@@ -52,11 +56,18 @@ class Prepared:
     file_bytes: tuple[int, ...]
     process_bytes: int
     rates: Rates | None
+    pattern: ReadPattern | None
     streams: bool
 
 
 def prepare(
-    file: ModelFile, backend: Backend, session: Session, request: Request, process_bytes: int, rates: Rates | None
+    file: ModelFile,
+    backend: Backend,
+    session: Session,
+    request: Request,
+    process_bytes: int,
+    rates: Rates | None,
+    pattern: ReadPattern | None = None,
 ) -> Prepared:
     """Record the model and plan its memory; reads no weights.
 
@@ -72,7 +83,7 @@ def prepare(
         demands = Demands(model, session, context, process_bytes, request.max_outputs)
         try:
             plan = _settle(model, demands, request.budget_bytes, context, rates, streams)
-            return Prepared(model, plan, session, request, file.file_bytes, process_bytes, rates, streams)
+            return Prepared(model, plan, session, request, file.file_bytes, process_bytes, rates, pattern, streams)
         except BudgetTooSmall:
             if request.context is not None or context <= 512:
                 raise
@@ -92,7 +103,8 @@ def build(
     arena: KVArena | None = None
     try:
         arena = KVArena(model.layers, plan.context, plan.chunk)
-        engine = Engine(model, plan, pinned, arena, store, prepared.session, request.n_threads, request.max_outputs)
+        session, n_threads = prepared.session, request.n_threads
+        engine = Engine(model, plan, pinned, arena, store, session, n_threads, request.max_outputs, prepared.pattern)
         engine.load(loader, progress, cancelled)
     except BaseException:
         pinned.close()

@@ -155,7 +155,12 @@ def backends() -> list[FakeReport]:
 
 
 def doctor(*, recheck: bool = False) -> dict[str, Any]:
-    return {"cores": 2, "available_bytes": 4 * 10**9, "flash": {"read_bytes_per_s": 1.5e9, "direct": True}}
+    table = [
+        {"how": how, "block_bytes": block << 10, "n_parallel": n, "bytes_per_s": n * block * 1e6, "cpu_s_per_gb": 0.25}
+        for how, block, n in (("direct", 512, 1), ("direct", 512, 2), ("direct", 1024, 2), ("buffered", 512, 2))
+    ]
+    flash = {"read_bytes_per_s": 1.5e9, "direct": True, "table": table}
+    return {"cores": 2, "available_bytes": 4 * 10**9, "flash": flash}
 
 
 def replacements() -> dict[str, Any]:

@@ -120,6 +120,9 @@ def test_doctor(edgelm_command, engine):
     out = edgelm_command("doctor").out
     assert "available_bytes  4 GB" in out
     assert "read_bytes_per_s  1.5 GB/s" in out
+    direct, buffered = out.split("flash, ")[1:]
+    assert re.search(r"512 KiB +512 \(0.25\) +1024 \(0.25\)\n1024 KiB +2048 \(0.25\)\n", direct)
+    assert re.search(r"512 KiB +1024 \(0.25\)\n", buffered)
     assert edgelm_command("doctor", "--json").json()["cores"] == 2
 
 

@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 
 from edgelm.engine import calibration
-from edgelm.engine.calibration import flash_rate, measured_rates
+from edgelm.engine.calibration import measured_rates
 from edgelm.engine.health import check
 from edgelm.engine.registry import get_backend
-from edgelm.errors import ModelFileError
 from edgelm.files.gguf import open_model
 from edgelm.memory.meter import Meter
-from edgelm.memory.stores import CountingStore, MemoryStore, ThrottledStore, open_store
-from edgelm.sizes import MB, MIB
+from edgelm.memory.stores import open_store
+from edgelm.sizes import MB
 from edgelm.testing.memory import peak_growth_bytes
 from edgelm.testing.tiny import tiny_model
+
+FLASH = 1e9
 
 
 @pytest.fixture(autouse=True)
@@ -56,13 +57,6 @@ def file(tmp_path):
     return open_model(tiny_model(tmp_path / "tiny.gguf", "llama", types={"default": "Q4_0", "token_embd": "Q8_0"}))
 
 
-@pytest.fixture
-def store(file):
-    opened, _ = open_store([str(path) for path in file.paths])
-    yield opened
-    opened.close()
-
-
 class Counted:
     """A session that counts what it compiles."""
 
@@ -75,92 +69,68 @@ class Counted:
 
 
 @pytest.mark.usefixtures("steady")
-def test_rates_are_plausible_and_kept(backend, session, store, file, cache):
+def test_rates_are_plausible_and_kept(backend, session, file, cache):
     counted = Counted(session)
-    first = measured_rates(backend, counted, store, file, 1)
-    assert counted.n_compiled == 3  # two types and the block
-    assert 1 * MB < first.flash_bytes_per_s < 1e12
+    first = measured_rates(backend, counted, file, 1, FLASH)
+    assert counted.n_compiled == 5  # two types, narrow and wide, and the block
+    assert first.flash_bytes_per_s == FLASH
     assert 1 * MB < first.compute_bytes_per_s < 1e12
     assert 1e-7 < first.pass_overhead_s < 10
-    again = measured_rates(backend, counted, store, file, 1)
-    assert counted.n_compiled == 3
+    again = measured_rates(backend, counted, file, 1, FLASH)
+    assert counted.n_compiled == 5
     assert (again.compute_bytes_per_s, again.pass_overhead_s) == (first.compute_bytes_per_s, first.pass_overhead_s)
-    measured_rates(backend, counted, store, file, 2)
-    assert counted.n_compiled == 6, "other threads, other rates"
+    measured_rates(backend, counted, file, 2, FLASH)
+    assert counted.n_compiled == 10, "other threads, other rates"
 
 
 @pytest.mark.usefixtures("steady")
-def test_types_are_measured_once_for_all_models(backend, session, store, file, tmp_path):
+def test_types_are_measured_once_for_all_models(backend, session, file, tmp_path):
     counted = Counted(session)
-    measured_rates(backend, counted, store, file, 1)
+    measured_rates(backend, counted, file, 1, FLASH)
     other = open_model(tiny_model(tmp_path / "other.gguf", "llama", types={"default": "Q5_0", "token_embd": "Q8_0"}))
-    with_other, _ = open_store([str(path) for path in other.paths])
-    measured_rates(backend, counted, with_other, other, 1)
-    with_other.close()
-    assert counted.n_compiled == 4
+    measured_rates(backend, counted, other, 1, FLASH)
+    assert counted.n_compiled == 7
 
 
 @pytest.mark.usefixtures("steady")
-def test_old_and_damaged_measurements_are_repeated(backend, session, store, file, cache):
+def test_old_and_damaged_measurements_are_repeated(backend, session, file, cache):
     counted = Counted(session)
-    measured_rates(backend, counted, store, file, 1)
+    measured_rates(backend, counted, file, 1, FLASH)
     (kernels,) = (cache / "rates").glob("kernels-*.json")
     said = json.loads(kernels.read_text())
     for change in ({"measured_at_s": time.time() - calibration.KEPT_S - 1}, {"rates": 3}, {"measured_at_s": "now"}):
         kernels.write_text(json.dumps(said | change))
         before = counted.n_compiled
-        measured_rates(backend, counted, store, file, 1)
-        assert counted.n_compiled == before + 3
+        measured_rates(backend, counted, file, 1, FLASH)
+        assert counted.n_compiled == before + 5
 
 
-def test_a_disturbed_measurement_is_not_kept(backend, session, store, file, cache, monkeypatch):
+def test_a_disturbed_measurement_is_not_kept(backend, session, file, cache, monkeypatch):
     counts = iter(range(10**9))
     monkeypatch.setattr(calibration, "_switches", lambda: next(counts))
-    rates = measured_rates(backend, session, store, file, 1)
+    rates = measured_rates(backend, session, file, 1, FLASH)
     assert rates.compute_bytes_per_s > 0
     assert not list(cache.glob("rates/kernels-*"))
 
 
-def test_a_cache_that_cannot_be_written(session, backend, store, file, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written(session, backend, file, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EDGELM_CACHE", str(tmp_path / "file" / "below"))
-    assert measured_rates(backend, session, store, file, 1).flash_bytes_per_s > 0
+    assert measured_rates(backend, session, file, 1, FLASH).flash_bytes_per_s > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux only")
 @pytest.mark.parametrize("limit_bytes", [8 * MB, 20 * MB])
-def test_measuring_stays_inside_its_limit(backend, session, store, file, limit_bytes):
-    measured_rates(backend, session, store, file, 1, limit_bytes=5 * MB)  # code and buffers of the libraries
+def test_measuring_stays_inside_its_limit(backend, session, file, limit_bytes):
+    measured_rates(backend, session, file, 1, FLASH, limit_bytes=5 * MB)  # code and buffers of the libraries
     before = Meter().sample().rss_bytes
-    grown = peak_growth_bytes(lambda: measured_rates(backend, session, store, file, 3, limit_bytes=limit_bytes))
+    grown = peak_growth_bytes(lambda: measured_rates(backend, session, file, 3, FLASH, limit_bytes=limit_bytes))
     assert grown is None or grown <= limit_bytes
     assert Meter().sample().rss_bytes - before < 2 * MB
 
 
-def test_flash_is_read_as_fast_as_the_device_gives():
-    content = bytes(16 * MIB)
-    slow = CountingStore(ThrottledStore(MemoryStore([content]), 60 * MB))
-    assert flash_rate(slow, 0, len(content)) == pytest.approx(60 * MB, rel=0.25)
-    assert slow.snapshot().read_bytes < 12 * MIB, "a slow device is not kept busy for long"
-
-
-@pytest.mark.parametrize("n_bytes", [1, 4096, 100_000, MIB, MIB + 1, 3 * MIB + 5])
-def test_small_files_are_read_too(n_bytes):
-    assert flash_rate(MemoryStore([bytes(n_bytes)]), 0, n_bytes) > 0
-
-
-def test_a_failing_drive_is_no_rate(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(bytes(4 * MIB))
-    opened, _ = open_store([str(path)])
-    os.truncate(path, MIB)
-    with pytest.raises(ModelFileError):
-        flash_rate(opened, 0, 4 * MIB)
-    opened.close()
-
-
-def test_cached_rates_cost_little(backend, session, store, file, steady):
-    measured_rates(backend, session, store, file, 1)
+def test_cached_rates_cost_little(backend, session, file, steady):
+    measured_rates(backend, session, file, 1, FLASH)
     kernels = calibration._Kernels(backend, session, 1, calibration.LIMIT_BYTES)
 
     def seconds():
@@ -197,7 +167,7 @@ def test_a_resident_model_decodes_as_fast_as_predicted(name):
     file, chosen = open_model(Path(folder) / name), get_backend("llamacpp")
     session = chosen.open(n_threads)
     opened, _ = open_store([str(path) for path in file.paths])
-    rates = measured_rates(chosen, session, opened, file, n_threads, limit_bytes=100 * MB)
+    rates = measured_rates(chosen, session, file, n_threads, FLASH, limit_bytes=100 * MB)
     prepared = prepare(file, chosen, session, Request(600 * MB, 1024, n_threads), 50 * MB, rates)
     engine = build(prepared, opened)
     engine.forward(list(range(5, 37)))

@@ -36,11 +36,11 @@ CATALOGUE_MAY = BASE | {"edgelm.files.gguf", "edgelm.text.cache"}
 
 MODULE_LINES = 400
 FOLDER_LINES = {  # raised only on purpose
-    "edgelm": 1500,
+    "edgelm": 1700,
     "edgelm/files": 1500,
     "edgelm/text": 2900,
-    "edgelm/memory": 2500,
-    "edgelm/engine": 3200,
+    "edgelm/memory": 3200,
+    "edgelm/engine": 3600,
     "edgelm/testing": 2200,
     "backends/edgelm_numpy": 1500,
     "backends/edgelm_llamacpp": 1200,

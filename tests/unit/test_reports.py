@@ -8,6 +8,7 @@ import pytest
 
 import edgelm
 from edgelm import reports
+from edgelm.engine import reading
 from edgelm.engine.backend import Availability
 from edgelm.errors import ModelNotFound
 from edgelm.testing.tiny import tiny_model
@@ -16,7 +17,8 @@ from edgelm.testing.tiny import tiny_model
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGELM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(reports, "_TRIAL_BYTES", 8 << 20)
+    monkeypatch.setattr(reports, "_TRIAL_BYTES", 12 << 20)
+    monkeypatch.setattr(reading, "THOROUGH_S", 0.1)
     return tmp_path / "cache"
 
 
@@ -67,8 +69,29 @@ def test_doctor(cache):
     assert 0 < facts["memory"]["available_bytes"] <= facts["memory"]["total_bytes"]
     assert facts["backends"]["numpy"].startswith("works (NumPy")
     assert facts["cache"]["folder"] == str(cache)
-    assert facts["flash"]["read_bytes_per_s"] > 0
+    flash = facts["flash"]
+    assert flash["read_bytes_per_s"] > 0
+    assert flash["latency_s"] > 0
+    assert flash["cpu_s_per_gb"] > 0
+    assert (
+        flash["pattern"].items()
+        <= next(turn for turn in flash["table"] if turn["bytes_per_s"] == flash["read_bytes_per_s"]).items()
+    )
     assert not list(cache.glob("flash-*")), "the trial file is removed"
+
+
+def test_doctor_recalls_the_flash_unless_it_rechecks(cache):
+    first = edgelm.doctor()["flash"]
+    assert edgelm.doctor()["flash"] == first
+    assert edgelm.doctor(recheck=True)["flash"]["read_bytes_per_s"] != first["read_bytes_per_s"]
+
+
+def test_doctor_prefers_a_model_at_hand(cache):
+    model = cache / "models" / "some" / "model.gguf"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(bytes(12 << 20))
+    (cache / "models" / "small.gguf").write_bytes(bytes(4096))
+    assert edgelm.doctor()["flash"]["measured_on"] == str(model)
 
 
 def test_doctor_measures_a_given_file(path, cache):
@@ -108,5 +131,5 @@ def test_warnings(monkeypatch, tmp_path):
 
 def test_a_slow_way_of_reading_is_a_warning(monkeypatch):
     flash = {"read_bytes_per_s": 1.0, "direct": False, "how": "buffered", "measured_on": "x"}
-    monkeypatch.setattr(reports, "_flash", lambda path: flash)
+    monkeypatch.setattr(reports, "_flash", lambda path, recheck: flash)
     assert any("refuses direct reads" in warning for warning in edgelm.doctor()["warnings"])
