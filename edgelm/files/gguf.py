@@ -30,6 +30,8 @@ from edgelm.files.sniff import HEAD_BYTES, check_magic
 from edgelm.hashing import blake2b
 
 MAX_PARTS = 65_535
+ROW_STEP = 32
+"""Matrices are cut at multiples of this many rows: kernels work on panels of rows and must not see other edges."""
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _BINARY: int = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
@@ -46,6 +48,8 @@ class TensorInfo:
     offset: int
     """Absolute, in bytes, in that file."""
     n_bytes: int
+    row_step: int = ROW_STEP
+    """Rows between two places where the tensor may be cut: of a pack, those that one checksum covers."""
 
     @property
     def n_rows(self) -> int:

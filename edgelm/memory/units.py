@@ -13,9 +13,6 @@ from edgelm.files.gguf import TensorInfo
 from edgelm.memory.buffer import PAGE
 from edgelm.memory.stores import span
 
-ROW_STEP = 32
-"""Matrices are cut at multiples of this many rows: kernels work on panels of rows and must not see other edges."""
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -100,7 +97,7 @@ def make_units(tensors: Sequence[TensorInfo], slot_bytes: int) -> tuple[Unit, ..
 
 def smallest_slot(tensors: Sequence[TensorInfo]) -> int:
     """Return the bytes of the smallest slot that every matrix can be cut for."""
-    return max(span(PAGE - 1, min(ROW_STEP, info.n_rows) * info.row_bytes) for info in tensors)
+    return max(span(PAGE - 1, min(info.row_step, info.n_rows) * info.row_bytes) for info in tensors)
 
 
 def merge(units: Sequence[Unit]) -> Unit:
@@ -126,8 +123,8 @@ def _pieces(info: TensorInfo, slot_bytes: int) -> list[Part]:
     whole = part_of(info)
     if span(PAGE - 1, whole.n_bytes) <= slot_bytes:
         return [whole]
-    fitting = (slot_bytes - 2 * PAGE) // info.row_bytes // ROW_STEP * ROW_STEP
-    fitting = max(fitting, ROW_STEP)
+    fitting = (slot_bytes - 2 * PAGE) // info.row_bytes // info.row_step * info.row_step
+    fitting = max(fitting, info.row_step)
     n_pieces = -(-info.n_rows // fitting)
-    rows = -(-info.n_rows // n_pieces // ROW_STEP) * ROW_STEP
+    rows = -(-info.n_rows // n_pieces // info.row_step) * info.row_step
     return [part_of(info, first, min(rows, info.n_rows - first)) for first in range(0, info.n_rows, rows)]

@@ -11,7 +11,7 @@ from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.gguf import TensorInfo
 from edgelm.memory.buffer import PAGE
 from edgelm.memory.stores import span
-from edgelm.memory.units import ROW_STEP, Unit, constants, make_unit, make_units, merge, part_of, smallest_slot
+from edgelm.memory.units import Unit, constants, make_unit, make_units, merge, part_of, smallest_slot
 
 TYPES = (TensorType.F32, TensorType.F16, TensorType.Q4_0, TensorType.Q8_0, TensorType.Q6_K)
 
@@ -29,7 +29,8 @@ def matrices(draw: st.DrawFn, most: int = 8) -> list[TensorInfo]:
         file = draw(st.integers(0, 1))
         offset = ends[file] + draw(st.sampled_from([0, 1, 32, 4095, 4096, 70000]))
         n_bytes = rows * row_bytes(kind, width * 256)
-        infos.append(TensorInfo(f"m{i}", kind, (width * 256, rows), file, offset, n_bytes))
+        row_step = draw(st.sampled_from([32, 32, 64, 512]))
+        infos.append(TensorInfo(f"m{i}", kind, (width * 256, rows), file, offset, n_bytes, row_step))
         ends[file] = offset + n_bytes
     return sorted(infos, key=lambda info: info.name)
 
@@ -64,8 +65,8 @@ def test_units_hold_every_row_once_in_pass_order(infos: list[TensorInfo], factor
         for part in unit.parts:
             info = infos[[info.name for info in infos].index(part.tensor)]
             assert part == part_of(info, part.first_row, part.rows)
-            assert part.first_row % ROW_STEP == 0
-            assert part.rows % ROW_STEP == 0 or part.first_row + part.rows == info.n_rows
+            assert part.first_row % info.row_step == 0
+            assert part.rows % info.row_step == 0 or part.first_row + part.rows == info.n_rows
             rows[part.tensor] += range(part.first_row, part.first_row + part.rows)
             order.append(part.tensor)
     assert all(rows[info.name] == list(range(info.n_rows)) for info in infos)
