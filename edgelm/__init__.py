@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from edgelm.memory.plan import Plan
     from edgelm.model import Model
     from edgelm.opening import plan
+    from edgelm.packing import Packed, PackError, pack
     from edgelm.reports import BackendReport, Inspection, backends, doctor, inspect
     from edgelm.usage import Chunk, Usage
 
@@ -55,6 +56,8 @@ __all__ = [
     "Model",
     "ModelFileError",
     "ModelNotFound",
+    "PackError",
+    "Packed",
     "Plan",
     "TemplateError",
     "UnknownBackend",
@@ -64,6 +67,7 @@ __all__ = [
     "doctor",
     "inspect",
     "load",
+    "pack",
     "plan",
 ]
 
@@ -73,11 +77,14 @@ _HOMES = {
     "Chunk": "edgelm.usage",
     "Inspection": "edgelm.reports",
     "Model": "edgelm.model",
+    "PackError": "edgelm.packing",
+    "Packed": "edgelm.packing",
     "Plan": "edgelm.memory.plan",
     "Usage": "edgelm.usage",
     "backends": "edgelm.reports",
     "doctor": "edgelm.reports",
     "inspect": "edgelm.reports",
+    "pack": "edgelm.packing",
     "plan": "edgelm.opening",
 }
 

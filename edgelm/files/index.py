@@ -13,6 +13,7 @@ from typing import Any
 
 from edgelm.cachedir import cache_dir, read_json, write_json
 from edgelm.files.gguf import ModelFile, open_model
+from edgelm.files.pack import open_pack, refuse_lost_footer
 from edgelm.files.summary import restored, summary_of
 from edgelm.hashing import blake2b
 
@@ -20,8 +21,13 @@ VERSION = 2
 
 
 def open_indexed(path: str | os.PathLike[str]) -> ModelFile:
-    """Return what `open_model` returns, from the index where that is up to date. Raises what `open_model` raises."""
+    """Return what `open_model` returns, from the index where that is up to date; of a pack, from its own index.
+
+    Raises what `open_model` raises, and `DamagedPack`.
+    """
     first = Path(path).absolute()
+    if (packed := open_pack(first)) is not None:
+        return packed
     place = cache_dir() / "headers" / f"{blake2b(str(first).encode(), digest_size=10).hexdigest()}.json"
     kept = read_json(place)
     if kept is not None and kept.get("version") == VERSION:
@@ -32,6 +38,7 @@ def open_indexed(path: str | os.PathLike[str]) -> ModelFile:
         except (OSError, KeyError, TypeError, ValueError, IndexError):
             pass  # moved, or not ours: the header itself decides
     model = open_model(first)
+    refuse_lost_footer(model)
     write_json(place, _kept(model))
     return model
 
