@@ -24,7 +24,9 @@ from edgelm.memory.plan import Plan
 from edgelm.memory.platform import current_platform
 from edgelm.memory.platform.allocator import trim, tune_allocator
 from edgelm.memory.stores import Store, open_loader, open_store
+from edgelm.memory.verified import verified
 from edgelm.sizes import MB, human, parse_size
+from edgelm.text.tables import FORMAT
 from edgelm.text.tokenizer import Tokenizer, load_tokenizer
 
 TEMPLATE_BYTES = 6_500_000
@@ -73,7 +75,13 @@ def open_engine(
     ready = _get_ready(path, memory, backend, threads, context, max_outputs)
     try:
         loader = open_loader([str(part) for part in ready.file.paths], ready.store)
-        engine = build(ready.prepared, ready.store, max_outputs, loader, progress)
+        engine = build(
+            ready.prepared,
+            verified(ready.store, ready.file),
+            max_outputs,
+            verified(loader, ready.file, again=ready.store),
+            progress,
+        )
         if loader is not ready.store:
             loader.close()
     except BaseException:
@@ -160,4 +168,6 @@ def _concessions(plan: Plan, file: ModelFile, context: int | None) -> tuple[str,
         notes.append(f"prompts are read in passes of {plan.chunk} tokens instead of {CHUNKS[0]}")
     if plan.streamed:
         notes.append(f"{human(plan.streamed_bytes)} of {human(plan.pass_bytes)} weights are read from flash each pass")
+    if file.pack is not None and not file.pack.has_tables(FORMAT):
+        notes.append("the tokenizer tables of this pack are of another edgelm; pack the model again for a faster start")
     return tuple(notes)

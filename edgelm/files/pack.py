@@ -61,14 +61,18 @@ class Pack:
     sections: Mapping[int, Section]
     checksums: memoryview
 
+    def has_tables(self, fmt: int) -> bool:
+        """Say whether the tokenizer's tables are here in this format."""
+        return TOKENIZER in self.sections and self.sections[TOKENIZER].format == fmt
+
     def tokenizer_tables(self, fmt: int) -> mmap.mmap | bytes | None:
         """Return the checked tables of this format, mapped where the system can; None if the pack has others.
 
         Raises `DamagedPack`.
         """
-        section = self.sections.get(TOKENIZER)
-        if section is None or section.format != fmt:
+        if not self.has_tables(fmt):
             return None
+        section = self.sections[TOKENIZER]
         with open(self.path, "rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size < section.offset + section.n_bytes:
                 raise _damaged(self.path, TOKENIZER, "lies past the end of the file")

@@ -9,14 +9,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from edgelm.errors import Cancelled
-from edgelm.memory.buffer import Buffer
+from edgelm.memory.buffer import Buffer, align_down
 from edgelm.memory.plan import Plan
 from edgelm.memory.stores import Store
-from edgelm.memory.units import Unit, merge
+from edgelm.memory.units import Read, Unit, merge
+from edgelm.memory.verified import VerifiedStore
 
 N_READERS = 2
 LOAD_BYTES = 8 << 20
@@ -55,6 +56,16 @@ class _Ahead:
     run: int
     slot: int
     done: bool = False
+
+
+def _load_pieces(read: Read, loader: Store) -> Iterator[tuple[int, int]]:
+    """Yield the first and last offsets of the pieces that `read` is loaded in; no checksum is cut apart."""
+    start, end = read.offset, read.offset + read.n_bytes
+    while start < end:
+        stop = start + LOAD_BYTES
+        stop = min(loader.edge(stop) if isinstance(loader, VerifiedStore) else stop, end)
+        yield start, stop
+        start = stop
 
 
 class Window:
@@ -108,10 +119,10 @@ class Window:
         """Read everything pinned, then start streaming. `progress(done, total)` is called as bytes arrive."""
         pieces = [(self._constants, 0), *((self.runs[i].unit, at) for i, at in self._places.items())]
         requests = deque(
-            (read.file, read.offset + start, min(LOAD_BYTES, read.n_bytes - start), base + read.at + start)
+            (read.file, start, stop - start, base + read.at + align_down(start) - align_down(read.offset))
             for unit, base in pieces
             for read in unit.reads
-            for start in range(0, read.n_bytes, LOAD_BYTES)
+            for start, stop in _load_pieces(read, self._loader)
         )
         total = sum(n_bytes for _, _, n_bytes, _ in requests)
         done = 0
