@@ -36,8 +36,8 @@ CATALOGUE_MAY = BASE | {"edgelm.files.gguf", "edgelm.text.cache"}
 
 MODULE_LINES = 400
 FOLDER_LINES = {  # raised only on purpose
-    "edgelm": 1500,
-    "edgelm/files": 1500,
+    "edgelm": 1800,
+    "edgelm/files": 1700,
     "edgelm/text": 2900,
     "edgelm/memory": 2500,
     "edgelm/engine": 3200,
