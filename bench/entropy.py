@@ -14,7 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import common
+import numpy as np
 
+from edgelm.files.ggml_types import TensorType
 from edgelm.files.gguf import open_model
 
 TILE_BYTES = 128 << 10
@@ -22,30 +24,41 @@ SAMPLE_BYTES = 12 << 20
 """Weights of each tensor type that are tried, spread over the model."""
 
 
-def codecs() -> dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], Any]]]:
+Codec = tuple[Callable[[bytes], bytes], Callable[[bytes], Any]]
+
+
+def codecs(block_bytes: int) -> dict[str, Codec]:
+    """Return ways to code and decode a tile of such blocks; "apart" puts equal fields of all blocks together."""
     import lz4.block
-    import lz4.frame
     import zstandard
 
     decoder = zstandard.ZstdDecompressor()
+    three = zstandard.ZstdCompressor(level=3)
+
+    def transposed(raw: bytes, columns: int) -> bytes:
+        return np.frombuffer(raw, np.uint8).reshape(-1, columns).T.tobytes()
+
     return {
         "lz4": (lz4.block.compress, lz4.block.decompress),
         "lz4 hc": (lambda raw: lz4.block.compress(raw, mode="high_compression"), lz4.block.decompress),
-        "zstd 3": (zstandard.ZstdCompressor(level=3).compress, decoder.decompress),
+        "zstd 3": (three.compress, decoder.decompress),
+        "zstd 3, apart": (
+            lambda raw: three.compress(transposed(raw, block_bytes)),
+            lambda coded: transposed(raw := decoder.decompress(coded), len(raw) // block_bytes),
+        ),
         "zstd 19": (zstandard.ZstdCompressor(level=19).compress, decoder.decompress),
     }
 
 
-def tiles_by_type(path: Any) -> dict[str, list[bytes]]:
-    """Return some tiles of every tensor type, and how they look with the bytes of a block's fields apart."""
+def tiles_by_type(path: Any) -> dict[TensorType, list[bytes]]:
+    """Return some tiles of whole blocks of every tensor type."""
     file = open_model(path)
     places = defaultdict(list)
     for info in file.tensors.values():
         if info.n_rows > 1:
-            places[info.type.name] += [
-                (info.offset + start, min(TILE_BYTES, info.n_bytes - start))
-                for start in range(0, info.n_bytes, TILE_BYTES)
-            ]
+            tile = TILE_BYTES // info.type.block_bytes * info.type.block_bytes
+            starts = range(0, info.n_bytes, tile)
+            places[info.type] += [(info.offset + start, min(tile, info.n_bytes - start)) for start in starts]
     found = {}
     with open(path, "rb") as weights:
         for kind, all_places in places.items():
@@ -62,8 +75,8 @@ def main() -> None:
     report = common.Report("entropy", {"tile": f"{TILE_BYTES >> 10} KiB", "cores": 1})
     for name in args.models:
         for kind, tiles in tiles_by_type(common.find_model(name)).items():
-            for codec, (encode, decode) in codecs().items():
-                measure(report, name, kind, tiles, codec, encode, decode, args.rounds)
+            for codec, (encode, decode) in codecs(kind.block_bytes).items():
+                measure(report, name, kind.name, tiles, codec, encode, decode, args.rounds)
     report.finish()
 
 
