@@ -187,7 +187,7 @@ def _hashes(report: common.Report, name: str, content: bytes, rounds: int) -> No
     from edgelm.hashing import blake2b
 
     kinds: dict[str, Callable[[memoryview], object]] = {
-        "XXH3, 64 bits (xxhash)": xxhash.xxh3_64_intdigest,
+        "XXH3, 64 bits (xxhash)": lambda tile: xxhash.xxh3_64(tile).intdigest(),
         "XXH64 (xxhash)": xxhash.xxh64_intdigest,
         "CRC-32 (zlib)": zlib.crc32,
         "Adler-32 (zlib)": zlib.adler32,

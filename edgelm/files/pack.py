@@ -88,13 +88,14 @@ class Pack:
 def hasher(path: object) -> Callable[[Any], int]:
     """Return XXH3-64. Raises `UnsupportedModel`, naming `path`, where the library is missing."""
     try:
-        from xxhash import xxh3_64_intdigest
+        from xxhash import xxh3_64
     except ImportError as error:
         raise UnsupportedModel(
             f"{path}: this is a pack, and its checksums need the xxhash library, which cannot be imported here "
             f"({error}); run `pip install xxhash`, or use the GGUF file that the pack was made of"
         ) from error
-    return xxh3_64_intdigest
+    # not xxh3_64_intdigest, which keeps the interpreter's lock: readers would hold up whoever computes
+    return lambda content: xxh3_64(content).intdigest()
 
 
 def tile_rows(n_rows: int, row_bytes: int) -> int:
