@@ -132,18 +132,28 @@ def in_pass_order(source: ModelFile) -> tuple[TensorInfo, ...]:
     model = describe(record(get_architecture(source.architecture), source, default_context(source)), source.tensors)
     used = [source.tensors[weight.tensor] for weight in model.trace.weights()]
     every = dict.fromkeys((*used, *source.tensors.values()))
-    vectors = [replace(info, row_step=1) for info in every if info.n_rows == 1]
-    looked_up = [replace(info, row_step=1) for info in every if info.n_rows > 1 and info not in model.matrices]
-    matrices = [replace(info, row_step=form.tile_rows(info.n_rows, info.row_bytes)) for info in model.matrices]
-    return (*vectors, *looked_up, *matrices)
+    vectors = [info for info in every if info.n_rows == 1]
+    looked_up = [info for info in every if info.n_rows > 1 and info not in model.matrices]
+    return (
+        *(_in_tiles(info, 1) for info in (*vectors, *looked_up)),
+        *(_in_tiles(info, form.tile_rows(info.n_rows, info.row_bytes)) for info in model.matrices),
+    )
+
+
+def _in_tiles(info: TensorInfo, row_step: int) -> TensorInfo:
+    return TensorInfo(info.name, info.type, info.shape, info.file, info.offset, info.n_bytes, row_step)
+
+
+def _at(info: TensorInfo, offset: int) -> TensorInfo:
+    return TensorInfo(info.name, info.type, info.shape, 0, offset, info.n_bytes, info.row_step)
 
 
 def _lay_out(source: ModelFile, name: str) -> _Layout:
     tensors = in_pass_order(source)
     offsets = [0, *accumulate(align_up(info.n_bytes) for info in tensors)]
-    header = _header(source, name, [replace(info, offset=at) for info, at in zip(tensors, offsets, strict=False)])
+    header = _header(source, name, list(map(_at, tensors, offsets)))
     start = align_up(len(header))
-    placed = tuple(replace(info, file=0, offset=start + at) for info, at in zip(tensors, offsets, strict=False))
+    placed = tuple(_at(info, start + at) for info, at in zip(tensors, offsets[:-1], strict=True))
     tables = tuple(build_tables(source.metadata))
     tables_at = align_up(start + offsets[-1], form.MAP_ALIGNMENT)
     checksums_at = align_up(tables_at + sum(map(len, tables)))

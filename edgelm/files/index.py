@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelm.cachedir import cache_dir, read_json, write_json
-from edgelm.files.gguf import ModelFile, open_model
+from edgelm.files.gguf import ModelFile
 from edgelm.files.pack import open_pack, refuse_lost_footer
 from edgelm.files.summary import restored, summary_of
 from edgelm.hashing import blake2b
@@ -37,6 +37,8 @@ def open_indexed(path: str | os.PathLike[str]) -> ModelFile:
                 return restored(kept, paths, tuple(size for _, _, size, _ in facts))
         except (OSError, KeyError, TypeError, ValueError, IndexError):
             pass  # moved, or not ours: the header itself decides
+    from edgelm.files.gguf import open_model  # the parser: a model known from before does without
+
     model = open_model(first)
     refuse_lost_footer(model)
     write_json(place, _kept(model))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgelm.files.ggml_types import TensorType, row_bytes
-from edgelm.files.gguf import ModelFile, TensorInfo, open_model
+from edgelm.files.gguf import ModelFile, TensorInfo
 
 SHORT_ARRAY = 1024
 """Numbers that an array may have to be kept: those of layers, not those of tokens."""
@@ -83,6 +83,8 @@ class _LazyMetadata(Mapping[str, Any]):
         if key not in self._arrays:
             raise KeyError(key)
         if self._whole is None:
+            from edgelm.files.gguf import open_model
+
             self._whole = open_model(self._path).metadata
         return self._whole[key]
 

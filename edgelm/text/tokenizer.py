@@ -9,15 +9,18 @@ import codecs
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgelm.errors import ModelFileError
-from edgelm.text.build import ModelHeader, build_tables
 from edgelm.text.cache import cached_tables
 from edgelm.text.encoders import ByteLevelEncoder, Encoder, RawPairEncoder, ScoreEncoder
 from edgelm.text.pretokenize import pre_tokenizer
 from edgelm.text.prompt import Prompt
 from edgelm.text.special import SpecialTexts
 from edgelm.text.tables import BYTE, CONTROL, FORMAT, NORMAL, UNKNOWN, USER_DEFINED, BadTables, Tables
+
+if TYPE_CHECKING:
+    from edgelm.text.build import ModelHeader
 
 
 def load_tokenizer(model: ModelHeader, *, cache_dir: Path | None = None) -> Tokenizer:
@@ -34,7 +37,13 @@ def load_tokenizer(model: ModelHeader, *, cache_dir: Path | None = None) -> Toke
             raise ModelFileError(
                 model.pack.path, f"the tokenizer section of the pack makes no sense ({error})"
             ) from error
-    return Tokenizer(cached_tables(model.fingerprint, lambda: build_tables(model.metadata), cache_dir))
+
+    def build() -> list[bytes]:
+        from edgelm.text.build import build_tables
+
+        return build_tables(model.metadata)
+
+    return Tokenizer(cached_tables(model.fingerprint, build, cache_dir))
 
 
 class Tokenizer:

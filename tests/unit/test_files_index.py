@@ -10,7 +10,7 @@ import pytest
 
 from edgelm.cachedir import cache_dir
 from edgelm.errors import EdgeLMError
-from edgelm.files import gguf, index
+from edgelm.files import gguf
 from edgelm.files.index import open_indexed
 from edgelm.testing import tiny_model
 
@@ -26,7 +26,7 @@ def refuse(path: object) -> gguf.ModelFile:
 
 def test_the_second_opening_reads_no_header(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = open_indexed(model)
-    monkeypatch.setattr(index, "open_model", refuse)
+    monkeypatch.setattr(gguf, "open_model", refuse)
     again = open_indexed(model)
     assert dict(again.tensors) == dict(whole.tensors)
     assert (again.fingerprint, again.architecture, again.paths) == (whole.fingerprint, whole.architecture, whole.paths)

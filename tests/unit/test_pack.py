@@ -22,7 +22,7 @@ from edgelm.cachedir import cache_dir
 from edgelm.engine.architecture import record
 from edgelm.engine.registry import get_architecture
 from edgelm.errors import ConfigError, UnsupportedModel
-from edgelm.files import DamagedPack, gguf, pack, summary
+from edgelm.files import DamagedPack, gguf, pack
 from edgelm.files.gguf import ModelFile, TensorInfo, open_model
 from edgelm.files.index import open_indexed
 from edgelm.files.strings import StringArray
@@ -161,7 +161,7 @@ def test_it_starts_without_parsing_a_vocabulary_and_keeps_nothing(
     def refuse(*args: object, **more: object) -> None:
         raise AssertionError("a header was read, or tables were built")
 
-    for module, name in ((gguf, "read_header"), (summary, "open_model"), (build, "build_tables")):
+    for module, name in ((gguf, "read_header"), (gguf, "open_model"), (build, "build_tables")):
         monkeypatch.setattr(module, name, refuse)
     file = open_indexed(path)
     assert load_tokenizer(file).encode("the winter and the sea") == expected

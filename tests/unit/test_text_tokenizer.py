@@ -179,7 +179,7 @@ def test_tables_are_built_once_and_mapped(tmp_path: Path, monkeypatch: pytest.Mo
     header = as_header(gpt2_vocab("gpt-2"))
     first = load_tokenizer(header, cache_dir=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
-    monkeypatch.setattr("edgelm.text.tokenizer.build_tables", lambda _: pytest.fail("built twice"))
+    monkeypatch.setattr("edgelm.text.build.build_tables", lambda _: pytest.fail("built twice"))
     assert load_tokenizer(header, cache_dir=tmp_path).encode("the end") == first.encode("the end")
 
 
