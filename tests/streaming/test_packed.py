@@ -80,7 +80,7 @@ def test_the_logits_of_a_pack_are_those_of_the_file(architecture: str, backend: 
     least = max(floor(path, backend), floor(packed, backend))
     most = budgets(packed, 2, backend)[1]
     streamed = []
-    for budget in range(least, most + 1, (most - least) // 4):
+    for budget in range(least, most + 1, (most - least) // 2):
         for each in (path, packed):
             with packed_at(each, budget, backend) as engine:
                 streamed.append(engine.plan.streamed_bytes)
