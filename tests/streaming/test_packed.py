@@ -52,10 +52,10 @@ def packed_at(path: Path, budget_bytes: int, backend: str = "numpy", content: by
         prepared = loading.prepare(
             file, get_backend(backend), session, loading.Request(budget_bytes, 64, 1, 1), 0, None
         )
+        engine = loading.build(prepared, verified(MemoryStore([content or path.read_bytes()]), file))
     except BaseException:
         session.close()
         raise
-    engine = loading.build(prepared, verified(MemoryStore([content or path.read_bytes()]), file))
     try:
         yield engine
     finally:
