@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from edgelm.memory.timeline import Timeline
     from edgelm.model import Model
     from edgelm.opening import plan
+    from edgelm.packing import Packed, PackError, pack
     from edgelm.reports import BackendReport, Inspection, backends, doctor, inspect
     from edgelm.usage import Chunk, Usage
 
@@ -56,6 +57,8 @@ __all__ = [
     "Model",
     "ModelFileError",
     "ModelNotFound",
+    "PackError",
+    "Packed",
     "Plan",
     "TemplateError",
     "Timeline",
@@ -66,6 +69,7 @@ __all__ = [
     "doctor",
     "inspect",
     "load",
+    "pack",
     "plan",
 ]
 
@@ -75,12 +79,15 @@ _HOMES = {
     "Chunk": "edgelm.usage",
     "Inspection": "edgelm.reports",
     "Model": "edgelm.model",
+    "PackError": "edgelm.packing",
+    "Packed": "edgelm.packing",
     "Plan": "edgelm.memory.plan",
     "Timeline": "edgelm.memory.timeline",
     "Usage": "edgelm.usage",
     "backends": "edgelm.reports",
     "doctor": "edgelm.reports",
     "inspect": "edgelm.reports",
+    "pack": "edgelm.packing",
     "plan": "edgelm.opening",
 }
 

@@ -25,7 +25,9 @@ from edgelm.memory.plan import Plan
 from edgelm.memory.platform import current_platform
 from edgelm.memory.platform.allocator import trim, tune_allocator
 from edgelm.memory.stores import Store, open_loader, open_store
+from edgelm.memory.verified import verified
 from edgelm.sizes import MB, human, parse_size
+from edgelm.text.tables import FORMAT
 from edgelm.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -80,7 +82,8 @@ def open_engine(
     ready = _get_ready(path, memory, backend, threads, context, max_outputs)
     try:
         loader = open_loader([str(part) for part in ready.file.paths], ready.store)
-        engine = build(ready.prepared, ready.store, loader, progress)
+        checked = verified(ready.store, ready.file)
+        engine = build(ready.prepared, checked, verified(loader, ready.file, again=ready.store), progress)
         if loader is not ready.store:
             loader.close()
     except BaseException:
@@ -88,6 +91,7 @@ def open_engine(
         ready.store.close()
         raise
     notes = (*ready.notes, *concessions(ready.prepared.plan, context or default_context(ready.file)))
+    notes += _old_tables(ready.file)
     return Opened(ready.file, ready.tokenizer, engine, ready.prepared, ready.backend.name, notes)
 
 
@@ -140,6 +144,12 @@ def _get_ready(
         store.close()
         raise
     return _Ready(file, tokenizer, chosen, session, store, prepared, (*note, *notes))
+
+
+def _old_tables(file: ModelFile) -> tuple[str, ...]:
+    if file.pack is None or file.pack.has_tables(FORMAT):
+        return ()
+    return ("the tokenizer tables of this pack are of another edgelm; pack the model again for a faster start",)
 
 
 def with_flash(prepared: Prepared, engine: Engine, file: ModelFile) -> Prepared:

@@ -25,6 +25,7 @@ from edgelm.engine.reading import known, measure
 from edgelm.engine.registry import HINTS, backend_names, get_backend
 from edgelm.errors import EdgeLMError
 from edgelm.files.gguf import open_model
+from edgelm.files.pack import VERSION_KEY, open_pack, refuse_lost_footer
 from edgelm.files.strings import StringArray
 from edgelm.memory.flash import ENOUGH_BYTES, Calibration
 from edgelm.memory.platform import current_platform
@@ -74,6 +75,8 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     Raises `ModelNotFound`, `ModelFileError` or `UnsupportedModel`.
     """
     file = open_model(path)
+    if VERSION_KEY in file.metadata and open_pack(file.paths[0]) is None:
+        refuse_lost_footer(file)
     metadata = {key: _plain(value) for key, value in file.metadata.items()}
     template = metadata.get("tokenizer.chat_template")
     return Inspection(

@@ -21,6 +21,7 @@ COMMANDS = {
     "pull": "edgelm_apps.models:pull",
     "list": "edgelm_apps.models:list_models",
     "show": "edgelm_apps.show:show",
+    "pack": "edgelm_apps.pack:pack",
     "rm": "edgelm_apps.models:rm",
     "backends": "edgelm_apps.device:backends",
     "doctor": "edgelm_apps.device:doctor",

@@ -60,7 +60,10 @@ def _print(path: str, found: Inspection, tensors: bool) -> None:
     from edgelm.sizes import human
     from edgelm_apps.output import brief, print_table
 
-    click.echo(f"{path}\narchitecture: {found.architecture}\n")
+    click.echo(f"{path}\narchitecture: {found.architecture}")
+    if (version := found.metadata.get("edgelm.pack.version")) is not None:
+        click.echo(f"a pack (version {version}) of {found.metadata.get('edgelm.pack.source', 'an unknown file')}")
+    click.echo()
     rows = [(kind, str(count), human(size)) for kind, count, size in _by_type(found)]
     print_table(("type", "tensors", "size"), rows)
     if tensors:

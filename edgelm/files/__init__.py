@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from edgelm.files.errors import (
         BadHeader,
         BadTensor,
+        DamagedPack,
+        DamagedWeights,
         DuplicatePart,
         MismatchedPart,
         MissingPart,
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
     from edgelm.files.strings import StringArray
 
 _HOMES = {
-    "errors": "BadHeader BadTensor DuplicatePart MismatchedPart MissingPart NotAModelFile NotFirstPart "
-    "SplitFileError TruncatedFile",
+    "errors": "BadHeader BadTensor DamagedPack DamagedWeights DuplicatePart MismatchedPart MissingPart NotAModelFile "
+    "NotFirstPart SplitFileError TruncatedFile",
     "ggml_types": "TensorType row_bytes",
     "gguf": "open_model",
     "meta": "Meta",
@@ -39,6 +41,8 @@ _HOMES = {
 __all__ = [
     "BadHeader",
     "BadTensor",
+    "DamagedPack",
+    "DamagedWeights",
     "DuplicatePart",
     "Meta",
     "MismatchedPart",

@@ -21,6 +21,17 @@ class BadTensor(BadHeader):
     """An entry of the tensor table cannot be true."""
 
 
+class DamagedPack(ModelFileError):
+    """What edgelm appended to a GGUF file to make it a pack is not what was written; the message names the section."""
+
+    def __init__(self, path: object, fact: str, hint: str = "copy or pack the model again") -> None:
+        super().__init__(path, fact, hint)
+
+
+class DamagedWeights(DamagedPack):
+    """Rows of a tensor do not match the checksum in the pack, also when they are read again."""
+
+
 class SplitFileError(ModelFileError):
     """The parts of a split model do not make one model."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -38,16 +38,13 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
     Raises `ModelNotFound` if there is no file, `UnsupportedModel` for a version, byte order or tensor type that
     edgelm does not read, and a subclass of `ModelFileError` that says what is wrong with the file.
     """
-    first = _read_part(Path(path))
+    first = read_part(Path(path))
     n_parts = _count(first, "split.count", 1)
     headers = [first] if n_parts <= 1 else _read_split(first, n_parts)
     metadata = first.metadata
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         raise BadHeader(first.path, "the header does not name an architecture (general.architecture)")
-    digest = blake2b(digest_size=16)
-    for header in headers:
-        digest.update(header.digest + header.file_bytes.to_bytes(8, "little"))
     return ModelFile(
         paths=tuple(header.path for header in headers),
         metadata=MappingProxyType(metadata),
@@ -55,11 +52,20 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         architecture=architecture,
         header_bytes=sum(header.header_bytes for header in headers),
         file_bytes=tuple(header.file_bytes for header in headers),
-        fingerprint=digest.hexdigest(),
+        fingerprint=fingerprint_of((header.digest, header.file_bytes) for header in headers),
     )
 
 
-def _read_part(path: Path) -> Header:
+def fingerprint_of(parts: Iterable[tuple[bytes, int]]) -> str:
+    """Return the key of a model whose parts have headers of these digests, and these sizes."""
+    digest = blake2b(digest_size=16)
+    for header_digest, file_bytes in parts:
+        digest.update(header_digest + file_bytes.to_bytes(8, "little"))
+    return digest.hexdigest()
+
+
+def read_part(path: Path) -> Header:
+    """Return the header of one file. Raises what `open_model` raises."""
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -127,7 +133,7 @@ def _read_split(first: Header, n_parts: int) -> list[Header]:
         )
     headers = [first]
     for number, path in enumerate(paths[1:], start=1):
-        header = _read_part(path)
+        header = read_part(path)
         _check_part(header, number, n_parts, first)
         headers.append(header)
     return headers

@@ -55,7 +55,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one file says about itself. `digest` is a hash of the header's bytes."""
+    """What one file says about itself. `digest` is a hash of the header's bytes, `spans` says where each key lies."""
 
     path: Path
     version: int
@@ -64,6 +64,7 @@ class Header:
     header_bytes: int
     file_bytes: int
     digest: bytes
+    spans: dict[str, tuple[int, int]]
 
 
 def read_header(cursor: Cursor) -> Header:
@@ -78,17 +79,20 @@ def read_header(cursor: Cursor) -> Header:
     _check_count(cursor, "tensors", n_tensors, MAX_TENSORS, _MIN_TENSOR_BYTES)
     _check_count(cursor, "metadata keys", n_keys, MAX_KEYS, _MIN_KEY_BYTES)
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for index in range(n_keys):
+        start = cursor.position
         key = _key(cursor, index)
         if key in metadata:
             raise BadHeader(path, f"the metadata key {key!r} appears twice")
         metadata[key] = _value(cursor, key)
+        spans[key] = (start, cursor.position)
     alignment = _alignment(path, metadata)
     relative = _tensor_table(cursor, n_tensors)
     header_bytes = cursor.position
     data_start = -(-header_bytes // alignment) * alignment
     tensors = _placed(path, relative, data_start, alignment, cursor.file_bytes)
-    return Header(path, version, metadata, tensors, header_bytes, cursor.file_bytes, cursor.digest())
+    return Header(path, version, metadata, tensors, header_bytes, cursor.file_bytes, cursor.digest(), spans)
 
 
 def _version(cursor: Cursor) -> int:

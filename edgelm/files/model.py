@@ -8,9 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgelm.files.ggml_types import TensorType, row_bytes
+
+if TYPE_CHECKING:
+    from edgelm.files.pack import Pack
+
+ROW_STEP = 32
+"""Matrices are cut at multiples of this many rows: kernels work on panels of rows and must not see other edges."""
 
 
 class TensorInfo(NamedTuple):
@@ -24,8 +30,8 @@ class TensorInfo(NamedTuple):
     offset: int
     """Absolute, in bytes, in that file."""
     n_bytes: int
-    row_step: int = 32
-    """Rows that stay together when a matrix is cut: kernels work on panels of 32 and must not see other edges."""
+    row_step: int = ROW_STEP
+    """Rows between two places where the tensor may be cut: of a pack, those that one checksum covers."""
 
     @property
     def n_rows(self) -> int:
@@ -54,6 +60,8 @@ class ModelFile:
     header_bytes: int
     file_bytes: tuple[int, ...]
     fingerprint: str
+    pack: Pack | None = None
+    """What edgelm has appended, if the file was opened as a pack: `edgelm.files.index.open_indexed`."""
 
     @property
     def total_tensor_bytes(self) -> int:

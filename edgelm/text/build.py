@@ -5,9 +5,11 @@ Memory beyond the tables stays small: strings pass one by one. Knows metadata ke
 
 from __future__ import annotations
 
+import mmap
 import zlib
 from array import array
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +49,16 @@ class Strings(Protocol):
     def iter_raw(self) -> Iterator[bytes]: ...
 
 
+class PackedTables(Protocol):
+    """What is asked of a pack: `edgelm.files.pack.Pack` is one."""
+
+    @property
+    def path(self) -> Path: ...
+    def tokenizer_tables(self, fmt: int) -> bytes | mmap.mmap | None:
+        """Return checked tables of this format, or None if it has others."""
+        ...
+
+
 class ModelHeader(Protocol):
     """What is asked of an opened model: `edgelm.files.ModelFile` is one."""
 
@@ -54,6 +66,8 @@ class ModelHeader(Protocol):
     def metadata(self) -> Mapping[str, Any]: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def pack(self) -> PackedTables | None: ...
 
 
 def build_tables(metadata: Mapping[str, Any]) -> list[bytes]:

@@ -6,16 +6,21 @@ Knows special tokens and prompts; the algorithms are in encoders, the data in ta
 from __future__ import annotations
 
 import codecs
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgelm.errors import ModelFileError
 from edgelm.text.cache import cached_tables
 from edgelm.text.encoders import ByteLevelEncoder, Encoder, RawPairEncoder, ScoreEncoder
 from edgelm.text.pretokenize import pre_tokenizer
 from edgelm.text.prompt import Prompt
 from edgelm.text.special import SpecialTexts
-from edgelm.text.tables import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Tables
+from edgelm.text.tables import BYTE, CONTROL, FORMAT, NORMAL, UNKNOWN, USER_DEFINED, BadTables, Tables
+
+if TYPE_CHECKING:
+    from edgelm.text.build import ModelHeader
 
 if TYPE_CHECKING:
     from edgelm.text.build import ModelHeader
@@ -24,9 +29,17 @@ if TYPE_CHECKING:
 def load_tokenizer(model: ModelHeader, *, cache_dir: Path | None = None) -> Tokenizer:
     """Return the tokenizer of an opened model.
 
-    Its tables are built on first use and mapped from `cache_dir` afterwards (default: under `$EDGELM_CACHE` or the
-    user's cache folder). Raises `UnsupportedModel` for a kind of tokenizer that edgelm does not have.
+    A pack has its tables inside. Others are built on first use and mapped from `cache_dir` afterwards (default: under
+    `$EDGELM_CACHE` or the user's cache folder). Raises `UnsupportedModel` for a kind of tokenizer that edgelm does not
+    have, `ModelFileError` for a pack with damaged tables.
     """
+    if model.pack is not None and (packed := model.pack.tokenizer_tables(FORMAT)) is not None:
+        try:
+            return Tokenizer(Tables(packed))
+        except (BadTables, LookupError, TypeError, ValueError, struct.error) as error:
+            raise ModelFileError(
+                model.pack.path, f"the tokenizer section of the pack makes no sense ({error})"
+            ) from error
 
     def build() -> list[bytes]:
         from edgelm.text.build import build_tables

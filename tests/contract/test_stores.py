@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 
 import pytest
+from xxhash import xxh3_64_intdigest
 
+from edgelm.files.ggml_types import TensorType
+from edgelm.files.model import ModelFile, TensorInfo
+from edgelm.files.pack import Pack
 from edgelm.memory.stores import (
     BufferedStore,
     CountingStore,
@@ -16,6 +21,7 @@ from edgelm.memory.stores import (
     ThrottledStore,
     open_store,
 )
+from edgelm.memory.verified import VerifiedStore
 from edgelm.sizes import GB
 from edgelm.testing.store_contract import FileStoreContract, StoreContract
 
@@ -33,6 +39,18 @@ class TestCountingStore(StoreContract):
 class TestThrottledStore(StoreContract):
     def make_store(self, contents: tuple[bytes, ...], folder: Path) -> Store:
         return ThrottledStore(MemoryStore(contents), bytes_per_s=10 * GB, latency_s=1e-5)
+
+
+class TestVerifiedStore(StoreContract):
+    """Over a first file that is a tensor of many tiles, and others that have no checksums."""
+
+    def make_store(self, contents: tuple[bytes, ...], folder: Path) -> Store:
+        content = contents[0]
+        info = TensorInfo("tensor", TensorType.I8, (1, len(content)), 0, 0, len(content), row_step=1000)
+        sums = array("Q", (xxh3_64_intdigest(content[at : at + 1000]) for at in range(0, len(content), 1000)))
+        pack = Pack(folder, {}, memoryview(sums.tobytes()))
+        file = ModelFile((folder,), {}, {"tensor": info}, "llama", 0, (len(content),), "", pack)
+        return VerifiedStore(MemoryStore(contents), file)
 
 
 class TestBufferedStore(FileStoreContract):

@@ -36,8 +36,8 @@ CATALOGUE_MAY = BASE | {"edgelm.files.gguf", "edgelm.text.cache"}
 
 MODULE_LINES = 400
 FOLDER_LINES = {  # raised only on purpose
-    "edgelm": 1700,
-    "edgelm/files": 1500,
+    "edgelm": 1900,
+    "edgelm/files": 1800,
     "edgelm/text": 2900,
     "edgelm/memory": 3200,
     "edgelm/engine": 3600,

@@ -29,7 +29,8 @@ def matrices(draw: st.DrawFn, most: int = 8) -> list[TensorInfo]:
         file = draw(st.integers(0, 1))
         offset = ends[file] + draw(st.sampled_from([0, 1, 32, 4095, 4096, 70000]))
         n_bytes = rows * row_bytes(kind, width * 256)
-        infos.append(TensorInfo(f"m{i}", kind, (width * 256, rows), file, offset, n_bytes))
+        row_step = draw(st.sampled_from([32, 32, 64, 512]))
+        infos.append(TensorInfo(f"m{i}", kind, (width * 256, rows), file, offset, n_bytes, row_step))
         ends[file] = offset + n_bytes
     return sorted(infos, key=lambda info: info.name)
 

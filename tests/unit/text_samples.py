@@ -71,6 +71,7 @@ class Header:
 
     metadata: dict[str, Any]
     fingerprint: str = field(default="0f" * 16)
+    pack: None = None
 
 
 def as_header(metadata: dict[str, Any]) -> Header:
