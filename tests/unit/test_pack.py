@@ -22,10 +22,10 @@ from edgelm.cachedir import cache_dir
 from edgelm.engine.architecture import record
 from edgelm.engine.registry import get_architecture
 from edgelm.errors import ConfigError, UnsupportedModel
-from edgelm.files import DamagedPack, gguf, model, pack
+from edgelm.files import DamagedPack, pack
 from edgelm.files.gguf import open_model
 from edgelm.files.index import open_indexed
-from edgelm.files.model import ModelFile, TensorInfo
+from edgelm.files.model import ROW_STEP, ModelFile, TensorInfo
 from edgelm.files.strings import StringArray
 from edgelm.packing import PackError
 from edgelm.testing import ARCHITECTURES, tiny_model
@@ -196,9 +196,9 @@ def test_tiles_are_whole_panels_of_rows_and_not_small(n_rows: int, row_bytes: in
     rows = pack.tile_rows(n_rows, row_bytes)
     assert 1 <= rows <= n_rows
     if rows < n_rows:
-        assert rows % model.ROW_STEP == 0
-        assert pack.TILE_BYTES <= rows * row_bytes < 2 * pack.TILE_BYTES + model.ROW_STEP * row_bytes
-    step = math.lcm(model.ROW_STEP, 4096 // math.gcd(4096, row_bytes))
+        assert rows % ROW_STEP == 0
+        assert pack.TILE_BYTES <= rows * row_bytes < 2 * pack.TILE_BYTES + ROW_STEP * row_bytes
+    step = math.lcm(ROW_STEP, 4096 // math.gcd(4096, row_bytes))
     assert rows == n_rows or step * row_bytes > 2 * pack.TILE_BYTES or rows * row_bytes % 4096 == 0
 
 
