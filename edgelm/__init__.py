@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from edgelm.model import Model
     from edgelm.opening import plan
     from edgelm.reports import BackendReport, Inspection, backends, doctor, inspect
+    from edgelm.simulated import Device, devices
     from edgelm.usage import Chunk, Usage
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __all__ = [
     "Chunk",
     "ConfigError",
     "ContextOverflow",
+    "Device",
     "DownloadError",
     "EdgeLMError",
     "Inspection",
@@ -61,6 +63,7 @@ __all__ = [
     "UnsupportedModel",
     "Usage",
     "backends",
+    "devices",
     "doctor",
     "inspect",
     "load",
@@ -71,11 +74,13 @@ _HOMES = {
     "BackendReport": "edgelm.reports",
     "Chat": "edgelm.chat",
     "Chunk": "edgelm.usage",
+    "Device": "edgelm.simulated",
     "Inspection": "edgelm.reports",
     "Model": "edgelm.model",
     "Plan": "edgelm.memory.plan",
     "Usage": "edgelm.usage",
     "backends": "edgelm.reports",
+    "devices": "edgelm.simulated",
     "doctor": "edgelm.reports",
     "inspect": "edgelm.reports",
     "plan": "edgelm.opening",
@@ -89,6 +94,7 @@ def load(
     backend: str = "auto",
     threads: int | None = None,
     context: int | None = None,
+    simulate: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a GGUF file inside a memory budget.
@@ -97,6 +103,8 @@ def load(
     device can spare (`Model.notes` says how much). `context` is the number of tokens that prompt and answer may have
     together; without it as much as the model was made for, up to 4096, fewer if the budget asks for it.
     `threads` defaults to the physical cores that this process may use. `progress(done, total)` hears of loading.
+    `simulate` names one of `devices()`: reading weights is slowed down to that device's flash, and its budget and
+    threads stand in for those not given; the processor stays this machine's own.
 
     Raises `BudgetTooSmall` with the smallest budget that works, `ModelFileError`, `UnsupportedModel`,
     `BackendUnavailable` or `ConfigError`.
@@ -104,7 +112,10 @@ def load(
     from edgelm.model import Model
     from edgelm.opening import open_engine
 
-    return Model(open_engine(path, memory=memory, backend=backend, threads=threads, context=context, progress=progress))
+    opened = open_engine(
+        path, memory=memory, backend=backend, threads=threads, context=context, simulate=simulate, progress=progress
+    )
+    return Model(opened)
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,8 @@ from edgelm.memory.meter import Meter
 from edgelm.memory.plan import Plan
 from edgelm.memory.platform import current_platform
 from edgelm.memory.platform.allocator import trim, tune_allocator
-from edgelm.memory.stores import Store, open_loader, open_store
+from edgelm.memory.stores import Store, ThrottledStore, open_loader, open_store
+from edgelm.simulated import Device, get_device
 from edgelm.sizes import MB, human, parse_size
 from edgelm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -67,10 +68,11 @@ def open_engine(
     threads: int | None = None,
     context: int | None = None,
     max_outputs: int = 1,
+    simulate: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Opened:
     """Load a model inside a budget; see `edgelm.load`."""
-    ready = _get_ready(path, memory, backend, threads, context, max_outputs)
+    ready = _get_ready(path, memory, backend, threads, context, max_outputs, simulate)
     try:
         loader = open_loader([str(part) for part in ready.file.paths], ready.store)
         engine = build(ready.prepared, ready.store, max_outputs, loader, progress)
@@ -91,9 +93,10 @@ def plan(
     backend: str = "auto",
     threads: int | None = None,
     context: int | None = None,
+    simulate: str | None = None,
 ) -> Plan:
     """Return the plan that `load` would carry out, without reading weights. Raises what `load` raises."""
-    ready = _get_ready(path, memory, backend, threads, context, max_outputs=1)
+    ready = _get_ready(path, memory, backend, threads, context, 1, simulate)
     ready.session.close()
     ready.store.close()
     return ready.prepared.plan
@@ -106,22 +109,26 @@ def _get_ready(
     threads: int | None,
     context: int | None,
     max_outputs: int,
+    simulate: str | None,
 ) -> _Ready:
+    device = get_device(simulate) if simulate is not None else None
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, got {threads}")
     platform = current_platform()
-    n_threads = threads or platform.cores()
+    n_threads = threads or (min(platform.cores(), device.n_threads) if device else platform.cores())
     tune_allocator()
     file = open_indexed(path)
     chosen, notes = choose(file, backend)  # a trial run in a child, if any, comes before this process grows
     tokenizer = load_tokenizer(file)
-    budget_bytes, note = _budget(memory)
+    budget_bytes, note = _budget(memory, device)
     store, _ = open_store([str(part) for part in file.paths])
+    if device:
+        store = ThrottledStore(store, device.flash_bytes_per_s, device.latency_s)
     session: Session | None = None
     try:
         session = chosen.open(n_threads)
         room = min(max(budget_bytes - platform.rss_bytes(), 0) // 2, MEASURING_BYTES)
-        rates = measured_rates(chosen, session, store, file, n_threads, limit_bytes=room)
+        rates = measured_rates(chosen, session, store, file, n_threads, limit_bytes=room, simulated=device)
         trim()
         request = Request(budget_bytes, context, n_threads, max_outputs)
         prepared = prepare(file, chosen, session, request, _process_bytes(file), rates)
@@ -139,10 +146,15 @@ def _process_bytes(file: ModelFile) -> int:
     return Meter().sample().rss_bytes + late
 
 
-def _budget(memory: str | int | None) -> tuple[int, tuple[str, ...]]:
-    """Return the budget in bytes and, if nobody stated one, a sentence on how it came about."""
+def _budget(memory: str | int | None, device: Device | None) -> tuple[int, tuple[str, ...]]:
+    """Return the budget in bytes and, if nobody stated one or a device is simulated, a sentence on that."""
+    simulated = (
+        (f"simulated flash of {device}; the processor is this machine's own, not slowed down",) if device else ()
+    )
+    if memory is None and device:
+        memory = device.memory_bytes
     if memory is not None:
-        return parse_size(memory), ()
+        return parse_size(memory), simulated
     platform = current_platform()
     available = platform.available_bytes() + platform.rss_bytes()
     budget = int(available * SPARE_SHARE)

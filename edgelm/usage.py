@@ -19,7 +19,7 @@ class Usage:
     `cached_tokens` of the prompt were still in the KV cache. `ttft_s` counts from the call, waiting in the queue
     included; `prefill_tps` and `decode_tps` are tokens a second, 0 until there is something to divide.
     `peak_bytes` is the peak of the process, `bytes_streamed` what this generation read from flash, `wait_s` how long
-    it waited for reads.
+    it waited for reads. `simulated` names the device whose flash, threads and budget were simulated, if any.
     """
 
     prompt_tokens: int
@@ -35,6 +35,7 @@ class Usage:
     budget_bytes: int
     predicted_decode_tps: float
     backend: str
+    simulated: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,4 +92,5 @@ class Clock:
             budget_bytes=plan.budget_bytes,
             predicted_decode_tps=plan.predicted_decode_tps,
             backend=self._backend,
+            simulated=plan.simulated,
         )

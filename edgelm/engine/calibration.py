@@ -27,6 +27,7 @@ from edgelm.memory.buffer import PAGE, Buffer
 from edgelm.memory.plan import Rates
 from edgelm.memory.stores import Store
 from edgelm.memory.window import N_READERS
+from edgelm.simulated import Device
 from edgelm.sizes import MB, MIB
 
 LIMIT_BYTES = 20 * MB
@@ -52,6 +53,7 @@ def measured_rates(
     n_threads: int,
     *,
     limit_bytes: int = LIMIT_BYTES,
+    simulated: Device | None = None,
 ) -> Rates:
     """Return what the device does with this model: flash, kernels for its tensor types, and the cost of a pass.
 
@@ -59,16 +61,17 @@ def measured_rates(
     than 5 MB), which is returned to the system. If the limit is 4 MiB above twice the processor's last cache (or
     64 MiB), weights are measured as they come from memory; else from caches, and the rate is too high by what those
     gain. A budget that holds all weights has room for the former. Measures again every time where the cache folder
-    refuses, or where the machine was too busy for repeats to agree.
+    refuses, or where the machine was too busy for repeats to agree. The flash of a simulated device is not measured.
     """
     shares = _shares(file)
     kernels = _Kernels(backend, session, n_threads, limit_bytes)
     seconds_per_byte = sum(share / kernels.bytes_per_s(*matrix) for matrix, share in shares.items())
     n_matrices = sum(1 for info in file.tensors.values() if info.n_rows > 1)
     return Rates(
-        flash_bytes_per_s=_flash(store, file),
+        flash_bytes_per_s=simulated.read_bytes_per_s(REQUEST_BYTES) if simulated else _flash(store, file),
         compute_bytes_per_s=1 / seconds_per_byte,
         pass_overhead_s=kernels.overhead_s() * n_matrices,
+        simulated=simulated.name if simulated else None,
     )
 
 

@@ -80,7 +80,7 @@ class Engine:
             row_bytes=tensors[self._embedding].row_bytes,
             places={group: arena.capacities[group] for group in self._groups},
         )
-        self.max_outputs, self._n_threads = max_outputs, n_threads
+        self.max_outputs, self.n_threads = max_outputs, n_threads
         # where rows of the embedding are pinned as the head: run, offset, first row, rows
         self._table = [
             (i, run.unit.offset_of(part), part.first_row, part.rows)
@@ -152,7 +152,7 @@ class Engine:
             steps = [step for step in steps if step.run <= self._cut.last_write]
         # kernels spin while they wait for each other, and readers need a core: a pass that waits for flash leaves one
         reading = bool(self.window.cycle) and n_tokens < WIDE_TOKENS
-        self.session.use_threads(max(1, self._n_threads - 1) if reading else self._n_threads)
+        self.session.use_threads(max(1, self.n_threads - 1) if reading else self.n_threads)
         self.window.begin([step.run for step in steps if step.bindings is None])
         try:
             workspace.positions[:n_tokens] = np.arange(arena.n_past, arena.n_past + n_tokens)

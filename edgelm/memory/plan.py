@@ -6,7 +6,7 @@ Pure: no file, clock or thread. The window carries a plan out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgelm.errors import BudgetTooSmall, ConfigError
@@ -28,12 +28,14 @@ MIN_SLOT_BYTES, MAX_SLOT_BYTES = 1 * MB, 8 * MB
 class Rates:
     """What the device was measured to do: bytes a second from flash, and of weights through the kernels.
 
-    `pass_overhead_s`: what a pass of one token takes beside its weights.
+    `pass_overhead_s`: what a pass of one token takes beside its weights. `simulated`: the device whose flash it is, if
+    not this one's.
     """
 
     flash_bytes_per_s: float
     compute_bytes_per_s: float
     pass_overhead_s: float = 0.0
+    simulated: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class Plan:
 
     `pinned` and `streamed` index `units`, which are in pass order. A decode pass uses `pass_bytes` of weights and
     reads `streamed_bytes` of them from flash. `predicted_decode_tps` is the smaller of what compute and flash allow,
-    0 if the device was not measured.
+    0 if the device was not measured. `simulated` names the device that was simulated, if any.
     """
 
     budget_bytes: int
@@ -80,6 +82,7 @@ class Plan:
     slot_bytes: int
     n_slots: int
     predicted_decode_tps: float = 0.0
+    simulated: str | None = None
 
     def __post_init__(self) -> None:
         if self.planned_bytes > self.budget_bytes:
@@ -134,6 +137,7 @@ class Plan:
             "units": len(self.units),
             "units_pinned": len(self.pinned),
             "predicted_decode_tps": self.predicted_decode_tps,
+            "simulated": self.simulated,
         }
 
     def __str__(self) -> str:
@@ -146,6 +150,8 @@ class Plan:
         lines[-1] += f"{human(self.streamed_bytes)} are read from flash" if self.streamed else "nothing is streamed"
         if self.predicted_decode_tps:
             lines.append(f"predicted decode: {self.predicted_decode_tps:.1f} tokens/s")
+        if self.simulated:
+            lines.append(f"simulated flash of {self.simulated}; the processor is this machine's own, not slowed down")
         return "\n".join(lines)
 
 
@@ -246,4 +252,4 @@ def _finish(
         return plan
     compute_s = rates.pass_overhead_s + plan.pass_bytes / rates.compute_bytes_per_s
     seconds = max(compute_s, plan.streamed_bytes / rates.flash_bytes_per_s)
-    return Plan(budget_bytes, context, demand, units, pinned, slot_bytes, n_slots, 1 / seconds if seconds else 0.0)
+    return replace(plan, predicted_decode_tps=1 / seconds if seconds else 0.0, simulated=rates.simulated)
