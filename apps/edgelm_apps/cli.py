@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": "edgelm_apps.chat:chat",
     "run": "edgelm_apps.run:run",
     "plan": "edgelm_apps.plan:plan",
+    "bench": "edgelm_apps.bench:bench",
     "pull": "edgelm_apps.models:pull",
     "list": "edgelm_apps.models:list_models",
     "show": "edgelm_apps.show:show",
