@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tqdm import tqdm
 
-    from edgelm_apps.bench_rows import Row, Test
+    from edgelm_apps.bench_rows import BenchTest, Row
     from edgelm_apps.bench_run import Combination
 
 PEERS = ("llama.cpp", "llama.cpp-plain")
@@ -160,13 +160,13 @@ def bench(models: tuple[str, ...], output: str, quiet: bool, offline: bool, **gi
     return code or (found[0].exit_code if found and refused else 0)
 
 
-def _tests(given: dict[str, Any]) -> list[Test]:
-    from edgelm_apps.bench_rows import Test
+def _tests(given: dict[str, Any]) -> list[BenchTest]:
+    from edgelm_apps.bench_rows import BenchTest
 
     kinds = [("pp", n) for n in given["n_prompt"] if n] + [("tg", n) for n in given["n_gen"] if n]
     if not kinds:
         raise click.UsageError("there is nothing to measure: give --n-prompt or --n-gen a number of tokens")
-    return [Test(kind, n, depth) for depth in given["n_depth"] for kind, n in kinds]
+    return [BenchTest(kind, n, depth) for depth in given["n_depth"] for kind, n in kinds]
 
 
 def _combinations(paths: list[Path], given: dict[str, Any]) -> list[Combination]:
@@ -176,7 +176,7 @@ def _combinations(paths: list[Path], given: dict[str, Any]) -> list[Combination]
     return [Combination(*one, given["simulate"], given["against"]) for one in every]
 
 
-def _progress(combinations: list[Combination], tests: list[Test], repetitions: int, quiet: bool) -> tqdm[Any]:
+def _progress(combinations: list[Combination], tests: list[BenchTest], repetitions: int, quiet: bool) -> tqdm[Any]:
     from tqdm import tqdm
 
     turns = sum(1 + len(combination.peers) for combination in combinations) * len(tests) * (repetitions + 1)

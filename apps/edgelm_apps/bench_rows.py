@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class BenchTest:
     """`n` tokens of a prompt in one go ("pp"), or `n` passes of one token ("tg"), with `depth` tokens in the cache."""
 
     kind: str

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from edgelm_apps.bench_rows import Row, Test
+from edgelm_apps.bench_rows import BenchTest, Row
 from edgelm_apps.bench_sides import Ended, Process
 
 PEERS: Mapping[str, dict[str, Any]] = {"llama.cpp": {"plain": False}, "llama.cpp-plain": {"plain": True}}
@@ -41,7 +41,7 @@ class _Side:
 
 
 def rows_of(
-    combination: Combination, tests: Sequence[Test], repetitions: int, tick: Callable[[], object]
+    combination: Combination, tests: Sequence[BenchTest], repetitions: int, tick: Callable[[], object]
 ) -> Iterator[Row]:
     """Measure every test on every side and yield rows as they are ready; `tick` hears of every turn.
 
@@ -70,6 +70,9 @@ def _load(stack: ExitStack, combination: Combination, context: int, batch: int) 
     spec: dict[str, Any] = {"model": str(combination.path), "threads": combination.threads, "context": context}
     ours = {"memory": memory, "backend": combination.backend, "simulate": combination.simulate}
     sides = [_start(stack, "edgelm", spec | ours, limit_bytes)]
+    if limit_bytes and sides[0].ended is not None:  # killed before it could say what it needs: outside it can
+        free = _start(stack, "edgelm", spec | ours, None)
+        sides = [free] if free.ended is not None else sides
     if sides[0].ended is not None and sides[0].ended.exit_code == ConfigError.exit_code:
         raise ConfigError(str(sides[0].ended))
     threads = sides[0].process.facts["threads"] if sides[0].process else combination.threads or _cores()
@@ -92,7 +95,7 @@ def _cores() -> int:
     return psutil.cpu_count(logical=False) or 1
 
 
-def _take_turns(sides: Sequence[_Side], test: Test, repetitions: int, tick: Callable[[], object]) -> None:
+def _take_turns(sides: Sequence[_Side], test: BenchTest, repetitions: int, tick: Callable[[], object]) -> None:
     for side in sides:
         side.answers = []
     # as llama-bench warms up: a whole prompt, or a single token
@@ -130,7 +133,7 @@ def _about(combination: Combination) -> Row:
     )
 
 
-def _row(about: Row, side: _Side, test: Test | None, compared: bool) -> Row:
+def _row(about: Row, side: _Side, test: BenchTest | None, compared: bool) -> Row:
     facts = side.process.facts if side.process else {}
     last = side.answers[-1] if side.answers else {}
     read = [answer["read_bytes"] for answer in side.answers if answer["read_bytes"] is not None]
