@@ -12,7 +12,8 @@ from typing import Any
 
 import big_model
 import common
-import limited
+
+from edgelm_apps import limited
 
 DEFAULT = "llama.cpp, mmap and default (repacked) buffers"
 PROMPT = "Once upon a time, in a village by the sea,"

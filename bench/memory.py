@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import common
-import limited
+
+from edgelm_apps import limited
 
 PROMPT = "Once upon a time, in a village by the sea,"
 BUDGETS_MB = {"smollm2-135m-instruct": (110, 125, 150, 200, 300), "gemma-3-270m": (150, 180, 220, 300, 400)}

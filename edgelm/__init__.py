@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from edgelm.opening import plan
     from edgelm.packing import Packed, PackError, pack
     from edgelm.reports import BackendReport, Inspection, backends, doctor, inspect
+    from edgelm.simulated import Device, devices
     from edgelm.usage import Chunk, Usage
 
 __version__ = "0.1.0"
@@ -51,6 +52,7 @@ __all__ = [
     "Chunk",
     "ConfigError",
     "ContextOverflow",
+    "Device",
     "DownloadError",
     "EdgeLMError",
     "Inspection",
@@ -66,6 +68,7 @@ __all__ = [
     "UnsupportedModel",
     "Usage",
     "backends",
+    "devices",
     "doctor",
     "inspect",
     "load",
@@ -77,6 +80,7 @@ _HOMES = {
     "BackendReport": "edgelm.reports",
     "Chat": "edgelm.chat",
     "Chunk": "edgelm.usage",
+    "Device": "edgelm.simulated",
     "Inspection": "edgelm.reports",
     "Model": "edgelm.model",
     "PackError": "edgelm.packing",
@@ -85,6 +89,7 @@ _HOMES = {
     "Timeline": "edgelm.memory.timeline",
     "Usage": "edgelm.usage",
     "backends": "edgelm.reports",
+    "devices": "edgelm.simulated",
     "doctor": "edgelm.reports",
     "inspect": "edgelm.reports",
     "pack": "edgelm.packing",
@@ -99,6 +104,7 @@ def load(
     backend: str = "auto",
     threads: int | None = None,
     context: int | None = None,
+    simulate: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a GGUF file inside a memory budget.
@@ -107,6 +113,8 @@ def load(
     device can spare (`Model.notes` says how much). `context` is the number of tokens that prompt and answer may have
     together; without it as much as the model was made for, up to 4096, fewer if the budget asks for it.
     `threads` defaults to the physical cores that this process may use. `progress(done, total)` hears of loading.
+    `simulate` names one of `devices()`: reading weights is slowed down to that device's flash, and its budget and
+    threads stand in for those not given; the processor stays this machine's own.
 
     Raises `BudgetTooSmall` with the smallest budget that works, `ModelFileError`, `UnsupportedModel`,
     `BackendUnavailable` or `ConfigError`.
@@ -114,7 +122,10 @@ def load(
     from edgelm.model import Model
     from edgelm.opening import open_engine
 
-    return Model(open_engine(path, memory=memory, backend=backend, threads=threads, context=context, progress=progress))
+    opened = open_engine(
+        path, memory=memory, backend=backend, threads=threads, context=context, simulate=simulate, progress=progress
+    )
+    return Model(opened)
 
 
 def __getattr__(name: str) -> Any:

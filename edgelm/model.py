@@ -78,6 +78,11 @@ class Model:
         return self._engine.plan
 
     @property
+    def threads(self) -> int:
+        """How many threads compute."""
+        return self._engine.n_threads
+
+    @property
     def file(self) -> ModelFile:
         """The opened file: metadata, tensors, architecture."""
         return self._file

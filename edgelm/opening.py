@@ -24,8 +24,9 @@ from edgelm.memory.meter import Meter
 from edgelm.memory.plan import Plan
 from edgelm.memory.platform import current_platform
 from edgelm.memory.platform.allocator import trim, tune_allocator
-from edgelm.memory.stores import Store, open_loader, open_store
+from edgelm.memory.stores import Store, ThrottledStore, open_loader, open_store
 from edgelm.memory.verified import verified
+from edgelm.simulated import Device, get_device
 from edgelm.sizes import MB, human, parse_size
 from edgelm.text.tables import FORMAT
 from edgelm.text.tokenizer import Tokenizer, load_tokenizer
@@ -76,10 +77,11 @@ def open_engine(
     threads: int | None = None,
     context: int | None = None,
     max_outputs: int = 1,
+    simulate: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Opened:
     """Load a model inside a budget; see `edgelm.load`."""
-    ready = _get_ready(path, memory, backend, threads, context, max_outputs)
+    ready = _get_ready(path, memory, backend, threads, context, max_outputs, simulate)
     try:
         loader = open_loader([str(part) for part in ready.file.paths], ready.store)
         checked = verified(ready.store, ready.file)
@@ -102,9 +104,10 @@ def plan(
     backend: str = "auto",
     threads: int | None = None,
     context: int | None = None,
+    simulate: str | None = None,
 ) -> Plan:
     """Return the plan that `load` would carry out, without reading weights. Raises what `load` raises."""
-    ready = _get_ready(path, memory, backend, threads, context, max_outputs=1)
+    ready = _get_ready(path, memory, backend, threads, context, 1, simulate)
     ready.session.close()
     ready.store.close()
     return ready.prepared.plan
@@ -117,24 +120,30 @@ def _get_ready(
     threads: int | None,
     context: int | None,
     max_outputs: int,
+    simulate: str | None,
 ) -> _Ready:
+    device = get_device(simulate) if simulate is not None else None
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, got {threads}")
     platform = current_platform()
-    n_threads = threads or platform.cores()
+    n_threads = threads or (min(platform.cores(), device.n_threads) if device else platform.cores())
     tune_allocator()
     file = open_indexed(path)
     chosen, notes = choose(file, backend)  # a trial run in a child, if any, comes before this process grows
     tokenizer = load_tokenizer(file)
-    budget_bytes, note = _budget(memory)
+    budget_bytes, note = _budget(memory, device)
     store, _ = open_store([str(part) for part in file.paths])
+    if device:
+        store = ThrottledStore(store, device.flash_bytes_per_s, device.latency_s)
     session: Session | None = None
     try:
         session = chosen.open(n_threads)
         room = min(max(budget_bytes - platform.rss_bytes() - SPARE_BYTES, 0), MEASURING_BYTES)
-        pattern = _pattern(store, file, room) if _may_stream(file, budget_bytes) else None
+        pattern = _pattern(store, file, room, device) if device or _may_stream(file, budget_bytes) else None
         flash_bytes_per_s = pattern.bytes_per_s if pattern else 0.0
         rates = measured_rates(chosen, session, file, n_threads, flash_bytes_per_s, limit_bytes=room)
+        if device:
+            rates = replace(rates, simulated=device.name)
         trim()
         request = Request(budget_bytes, context, n_threads, max_outputs)
         prepared = prepare(file, chosen, session, request, _process_bytes(file), rates, pattern)
@@ -161,8 +170,13 @@ def with_flash(prepared: Prepared, engine: Engine, file: ModelFile) -> Prepared:
     return replace(prepared, pattern=engine.pattern, rates=rates)
 
 
-def _pattern(store: Store, file: ModelFile, limit_bytes: int) -> ReadPattern:
-    from edgelm.engine.reading import read_pattern  # resident models do without
+def _pattern(store: Store, file: ModelFile, limit_bytes: int, device: Device | None = None) -> ReadPattern:
+    from edgelm.memory.flash import DEFAULT_SHAPE, ReadPattern  # resident models do without
+
+    if device is not None:
+        speed = device.read_bytes_per_s(DEFAULT_SHAPE.block_bytes)
+        return ReadPattern(*DEFAULT_SHAPE, store.how, speed, device.latency_s, 0.0)
+    from edgelm.engine.reading import read_pattern
 
     return read_pattern(store, file, limit_bytes)
 
@@ -178,10 +192,15 @@ def _process_bytes(file: ModelFile) -> int:
     return Meter().sample().rss_bytes + late
 
 
-def _budget(memory: str | int | None) -> tuple[int, tuple[str, ...]]:
-    """Return the budget in bytes and, if nobody stated one, a sentence on how it came about."""
+def _budget(memory: str | int | None, device: Device | None) -> tuple[int, tuple[str, ...]]:
+    """Return the budget in bytes and, if nobody stated one or a device is simulated, a sentence on that."""
+    simulated = (
+        (f"simulated flash of {device}; the processor is this machine's own, not slowed down",) if device else ()
+    )
+    if memory is None and device:
+        memory = device.memory_bytes
     if memory is not None:
-        return parse_size(memory), ()
+        return parse_size(memory), simulated
     platform = current_platform()
     available = platform.available_bytes() + platform.rss_bytes()
     budget = int(available * SPARE_SHARE)

@@ -23,6 +23,7 @@ class Usage:
     `elapsed_s`, from the beginning of the prompt to this chunk, is split into `compute_s` (programs ran),
     `wait_s` (nothing to compute before a read had ended), `sample_s` and `other_s` (masks, text, the caller).
     Beside them, `read_s` is the time in which at least one read was under way.
+    `simulated` names the device whose flash, threads and budget were simulated, if any.
     """
 
     prompt_tokens: int
@@ -42,6 +43,7 @@ class Usage:
     budget_bytes: int
     predicted_decode_tps: float
     backend: str
+    simulated: str | None = None
 
     @property
     def other_s(self) -> float:
@@ -109,4 +111,5 @@ class Clock:
             budget_bytes=plan.budget_bytes,
             predicted_decode_tps=plan.predicted_decode_tps,
             backend=self._backend,
+            simulated=plan.simulated,
         )

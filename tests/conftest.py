@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from edgelm.sizes import parse_size
+from edgelm_apps import limited
 from edgelm_models.cache import find
 from edgelm_models.catalogue import CATALOGUE
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def _real_models() -> dict[str, Path]:
@@ -65,9 +61,8 @@ def real_model() -> Callable[[str], Path]:
 def within_memory() -> Callable[..., Any]:
     """Run a command in a memory cgroup: `within_memory("150MB", argv, evict=FILE)` tells peak, hits and kills.
 
-    The result is `Limited` of bench/limited.py. Skips where no memory cgroup can be made.
+    The result is `edgelm_apps.limited.Limited`. Skips where no memory cgroup can be made.
     """
-    limited = _limited()
 
     def run(size: str | int, argv: list[str], evict: Path | None = None, cold: bool = False) -> Any:
         try:
@@ -80,14 +75,3 @@ def within_memory() -> Callable[..., Any]:
             pytest.skip(f"no limit can be set here: {error}")
 
     return run
-
-
-def _limited() -> ModuleType:
-    name = "edgelm_bench_limited"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / "limited.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]

@@ -18,6 +18,7 @@ COMMANDS = {
     "run": "edgelm_apps.run:run",
     "plan": "edgelm_apps.plan:plan",
     "profile": "edgelm_apps.profile:profile",
+    "bench": "edgelm_apps.bench:bench",
     "pull": "edgelm_apps.models:pull",
     "list": "edgelm_apps.models:list_models",
     "show": "edgelm_apps.show:show",

@@ -56,6 +56,7 @@ def start_lines(model: Model) -> list[str]:
 
     plan = model.plan
     first = f"{model.backend} backend, budget {human(plan.budget_bytes)}, context {plan.context}"
+    first += f", simulated {plan.simulated}" if plan.simulated else ""
     return [first, *model.notes]
 
 
@@ -93,7 +94,7 @@ def statistics_text(usage: Usage) -> str:
         f"; answer {usage.completion_tokens} tokens at {_speed(usage)}\n"
         f"time: {_split(usage)}{_flash(usage)}\n"
         f"peak {human(usage.peak_bytes)} of {human(usage.budget_bytes)}, {human(usage.bytes_streamed)} streamed, "
-        f"{usage.backend} backend"
+        f"{usage.backend} backend" + (f", simulated {usage.simulated}" if usage.simulated else "")
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from edgelm import devices
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -43,8 +45,22 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+def complete_device(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the names of simulated devices."""
+    return [CompletionItem(name, help=one.about) for name, one in devices().items() if name.startswith(incomplete)]
+
+
+simulate_option = click.option(
+    "--simulate",
+    metavar="DEVICE",
+    shell_complete=complete_device,
+    help="Slow flash down to that of another device, with its threads and budget unless you give yours; "
+    f"the processor stays this machine's. One of {', '.join(devices())}.",
+)
+
+
 def engine_options(command: F) -> F:
-    """`--memory --backend --threads --context`: how a model is loaded."""
+    """`--memory --backend --threads --context --simulate`: how a model is loaded."""
     return _together(
         click.option(
             "--memory",
@@ -62,6 +78,7 @@ def engine_options(command: F) -> F:
             type=click.IntRange(min=1),
             help="Tokens that prompt and answer may have. [default: what model and budget allow]",
         ),
+        simulate_option,
     )(command)
 
 
@@ -108,7 +125,7 @@ offline_option = click.option("--offline", is_flag=True, help="Fetch nothing: us
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
-_ENGINE = ("memory", "backend", "threads", "context")
+_ENGINE = ("memory", "backend", "threads", "context", "simulate")
 _SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
     "frequency_penalty", "seed",

@@ -133,6 +133,7 @@ def _collect(chunks: Generator[Chunk, None, None], say: Callable[[str], None]) -
         "finish_reason": last.finish_reason,
         "backend": last.usage.backend,
         "budget_bytes": last.usage.budget_bytes,
+        "simulated": last.usage.simulated,
         "stats": statistics(last.usage),
     }
 

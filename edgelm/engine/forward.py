@@ -75,7 +75,7 @@ class Engine:
         """`load` must be called before the first pass."""
         self.arena, self.session, self.max_outputs = arena, session, max_outputs
         self._model, self._tensors, self._pinned, self.store = model, model.tensors, pinned, store
-        self._n_threads = n_threads
+        self.n_threads = n_threads
         self._groups = tuple(sorted(arena.windows))
         self._embedding = model.embedding
         self.n_vocab = model.n_vocab
@@ -125,7 +125,7 @@ class Engine:
     def _prepare(self, plan: Plan) -> None:
         """Cut the model at the edges of the plan's runs and lay out what passes between the segments."""
         trace, arena = self._model.trace, self.arena
-        self._pace = Pace(self._n_threads, bool(self.window.cycle))
+        self._pace = Pace(self.n_threads, bool(self.window.cycle))
         self._cut: Cut = cut(trace, [run.unit for run in self.window.runs])
         self._layout = Layout.of(self._cut)
         self.workspace = Workspace(

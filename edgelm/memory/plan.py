@@ -61,6 +61,7 @@ class Plan:
 
     `pinned` and `streamed` index `units`, which are in pass order. A decode pass uses `pass_bytes` of weights and
     reads `streamed_bytes` of them from flash. Speeds are predicted from `rates`, and 0 if the device was not measured.
+    `simulated` names the device that was simulated, if any.
     """
 
     budget_bytes: int
@@ -117,6 +118,10 @@ class Plan:
         seconds = self.pass_s(self.chunk)
         return self.chunk / seconds if seconds else 0.0
 
+    @property
+    def simulated(self) -> str | None:
+        return self.rates.simulated if self.rates else None
+
     def predicted_ttft_s(self, n_prompt: int) -> float:
         """Seconds from a prompt of `n_prompt` tokens to the first token of the answer."""
         whole, rest = divmod(n_prompt, self.chunk)
@@ -157,6 +162,7 @@ class Plan:
             "predicted_ttft_s": self.predicted_ttft_s(JOB_PROMPT),
             "predicted_ttft_prompt_tokens": JOB_PROMPT,
             "predicted_peak_bytes": self.planned_bytes,
+            "simulated": self.simulated,
         }
 
     def __str__(self) -> str:
@@ -172,6 +178,8 @@ class Plan:
                 f"predicted: {self.predicted_decode_tps:.1f} tokens/s, first token of a prompt of {JOB_PROMPT} after "
                 f"{self.predicted_ttft_s(JOB_PROMPT):.1f} s, at most {human(self.planned_bytes)} of memory"
             )
+        if self.simulated:
+            lines.append(f"simulated flash of {self.simulated}; the processor is this machine's own, not slowed down")
         return "\n".join(lines)
 
 

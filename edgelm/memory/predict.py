@@ -24,6 +24,8 @@ class Rates:
     compute_bytes_per_s: float
     pass_overhead_s: float = 0.0
     wide_bytes_per_s: float = 0.0
+    simulated: str | None = None
+    """The device whose flash it is, if not this one's."""
 
     def compute_s(self, pass_bytes: int, n_tokens: int = 1) -> float:
         """Return the seconds that a pass of `n_tokens` computes."""

@@ -34,6 +34,7 @@ class FakeUsage:
     predicted_decode_tps: float = 11.0
     budget_bytes: int = 100 * MB
     backend: str = "simulated"
+    simulated: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class FakeChunk:
 class FakePlan:
     budget_bytes: int
     context: int
+    simulated: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {"budget_bytes": self.budget_bytes, "context": self.context}
@@ -72,7 +74,7 @@ class FakeModel:
         budget_bytes = parse_size(self.options.get("memory", 100 * MB))
         if budget_bytes < 10 * MB:
             raise BudgetTooSmall(budget_bytes, 10 * MB, [("everything", 10 * MB)])
-        self.plan = FakePlan(budget_bytes, self.options.get("context", 64))
+        self.plan = FakePlan(budget_bytes, self.options.get("context", 64), self.options.get("simulate"))
 
     def __enter__(self) -> FakeModel:
         return self
@@ -91,7 +93,9 @@ class FakeModel:
         words = f"echo: {prompt}".split(" ")
         for number, word in enumerate(words):
             time.sleep(float(os.environ.get("FAKE_DELAY_S", "0")))
-            usage = FakeUsage(completion_tokens=number + 1, budget_bytes=self.plan.budget_bytes)
+            usage = FakeUsage(
+                completion_tokens=number + 1, budget_bytes=self.plan.budget_bytes, simulated=self.plan.simulated
+            )
             reason = "cancelled" if self.cancelled else "stop" if number == len(words) - 1 else None
             yield FakeChunk(word if number == 0 else f" {word}", 100 + number, reason, usage)
             if reason:

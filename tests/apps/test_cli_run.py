@@ -34,7 +34,8 @@ def test_json_has_the_documented_fields(edgelm_command, engine, model_file):
     answer = result.json()
     assert result.err == ""
     assert set(answer) == {
-        "text", "token_ids", "prompt_tokens", "completion_tokens", "finish_reason", "backend", "budget_bytes", "stats",
+        "text", "token_ids", "prompt_tokens", "completion_tokens", "finish_reason", "backend", "budget_bytes",
+        "simulated", "stats",
     }  # fmt: skip
     assert set(answer["stats"]) == {
         "ttft_s", "prefill_tps", "decode_tps", "peak_bytes", "bytes_streamed", "predicted_decode_tps",
@@ -151,3 +152,12 @@ def test_a_reader_that_leaves_is_no_error(model_file, monkeypatch):
     assert child.stderr.read() == b""
     child.stderr.close()
     assert child.wait(10) == 141
+
+
+def test_a_simulated_device_is_handed_on_and_shown(edgelm_command, engine, model_file):
+    result = edgelm_command("run", model_file, "hi", "--simulate", "pi5-nvme")
+    assert engine[0].options == {"simulate": "pi5-nvme"}
+    assert "context 64, simulated pi5-nvme" in result.err
+    answer = edgelm_command("run", model_file, "hi", "--json", "--simulate", "pi5-nvme").json()
+    assert answer["simulated"] == "pi5-nvme"
+    assert edgelm_command("run", model_file, "hi", "--json").json()["simulated"] is None

@@ -77,7 +77,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda number: str(COMMANDS[number][0]))
 def test_commands_exist(number: int) -> None:
     name, *rest = COMMANDS[number][1][1:]
-    parent = click.Context(cli, info_name="edgelm")
+    parent = click.Context(cli, info_name="edgelm", **cli.context_settings)
     with suppress(click.exceptions.Exit):  # --help, --version
         if name.startswith("-"):
             cli.make_context("edgelm", [name, *rest])

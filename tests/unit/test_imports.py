@@ -23,7 +23,7 @@ SOURCES = {
     "edgelm_models": ROOT / "models/edgelm_models",
     "edgelm_apps": ROOT / "apps/edgelm_apps",
 }
-BASE = {"edgelm.errors", "edgelm.sizes", "edgelm.cachedir", "edgelm.hashing"}
+BASE = {"edgelm.errors", "edgelm.sizes", "edgelm.cachedir", "edgelm.simulated", "edgelm.hashing"}
 RANKS = {"edgelm.files": 1, "edgelm.text": 1, "edgelm.memory": 2, "edgelm.engine": 3, "edgelm.testing": 5}
 BASE_RANK, TOP_RANK = 0, 4
 ARCHITECTURE_MAY = {
@@ -45,7 +45,7 @@ FOLDER_LINES = {  # raised only on purpose
     "backends/edgelm_numpy": 1500,
     "backends/edgelm_llamacpp": 1200,
     "models/edgelm_models": 2100,
-    "apps/edgelm_apps": 2500,
+    "apps/edgelm_apps": 3400,
 }
 
 

@@ -22,7 +22,7 @@ from edgelm.cachedir import cache_dir
 from edgelm.engine.architecture import record
 from edgelm.engine.registry import get_architecture
 from edgelm.errors import ConfigError, UnsupportedModel
-from edgelm.files import DamagedPack, pack
+from edgelm.files import DamagedPack, gguf, pack
 from edgelm.files.gguf import open_model
 from edgelm.files.index import open_indexed
 from edgelm.files.model import ROW_STEP, ModelFile, TensorInfo

@@ -175,7 +175,9 @@ def units_of(trace: Trace, cuts: Sequence[int]) -> list[Unit]:
         for first, last in pairwise(edges):
             if units[-1] and at + first in cuts:
                 units.append([])
-            units[-1].append(Part(matrix.tensor, first, last - first, 0, 0, (last - first) * matrix.width * 4))
+            units[-1].append(
+                Part(matrix.tensor, first, last - first, 0, 0, (last - first) * matrix.width * 4, matrix.width * 128)
+            )
         at += matrix.rows
     return [Unit(tuple(parts), (), 0, 0) for parts in units]
 
@@ -241,5 +243,5 @@ def test_a_matrix_of_one_row_is_a_constant_and_no_reason_to_fail() -> None:
     x = ops.embed(weight("embed", WIDTH, N_VOCAB))
     x = ops.linear(x, weight("narrow", WIDTH, 1))
     logits = ops.linear(x, weight("wide", 1, 64))
-    made = cut(ops.trace(logits), [Unit((Part("wide", 0, 64, 0, 0, 256),), (), 0, 0)])
+    made = cut(ops.trace(logits), [Unit((Part("wide", 0, 64, 0, 0, 256, 128),), (), 0, 0)])
     assert [op.kind for op in made.segments[0].segment.ops] == ["embed", "linear", "linear"]

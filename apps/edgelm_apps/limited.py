@@ -2,7 +2,7 @@
 
 Knows control groups and the page cache; knows nothing of models. Needs root and a writable memory controller.
 
-    python bench/limited.py 150MB [--evict FILE | --cold] COMMAND [ARG ...]
+    python -m edgelm_apps.limited 150MB [--evict FILE | --cold] COMMAND [ARG ...]
 """
 
 from __future__ import annotations
