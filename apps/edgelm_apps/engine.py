@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 def find_model(model: str, *, offline: bool, quiet: bool) -> Path:
     """Return the file of a path or a name; a name that is not on this machine is pulled, and that is announced."""
-    import subprocess
-    import sys
-
     from edgelm_apps.output import note
     from edgelm_models.pull import locate, lookup
 
     path = lookup(model)
     if path is not None:
         return path
+    import subprocess
+    import sys
+
     if not quiet:
         note(f"{model} is not on this machine yet: pulling it once")
     # In a child: what a download imports (20 MB) would stay in this process and count against the budget.

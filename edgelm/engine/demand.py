@@ -23,7 +23,7 @@ from edgelm.memory.window import runs
 CHUNKS = (512, 256, 128, 64, 32, 16, 8, 4)
 GRAPH_BYTES_PER_OP = 16_000
 """Compiled programs: tensors, graphs and the Python objects around them, for each recorded operation."""
-RESERVE_BYTES = 4_000_000
+RESERVE_BYTES = 3_000_000
 """Growth of interpreter and libraries while they run: code paged in, thread stacks, small objects."""
 SAMPLING_COPIES = 4
 

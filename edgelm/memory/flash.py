@@ -6,14 +6,12 @@ Measures through a store, as the window reads. Knows numbered files and bytes; k
 from __future__ import annotations
 
 import ctypes
-import random
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import inf
-from statistics import median
 from typing import NamedTuple
 
 from edgelm.memory.buffer import PAGE, Buffer, align_down, align_up
@@ -147,6 +145,8 @@ def _contest(reader: _Reader, shapes: list[Shape], seconds: float) -> tuple[list
     """Return the rounds, and the best shape."""
     rounds: list[Round] = []
     turn_s = max(seconds / _N_ROUNDS / len(shapes), _TURN_S)
+    import random  # who knows the pattern already does without
+
     order = random.Random(len(shapes))  # the same on every run
     # small ones first, so that a slow device has told something before the time is up
     running, until = sorted(shapes, key=lambda shape: shape.flying_bytes), time.perf_counter() + seconds
@@ -272,3 +272,10 @@ class _Reader:
             place = self._place if self._place + align_up(block) <= self._buffer.n_bytes else 0
             self._at, self._place = offset + block, place + align_up(block)
         return offset, place
+
+
+def median(values: Iterable[float]) -> float:
+    """Return the middle one; `statistics` would load fractions and decimals into every process that streams."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

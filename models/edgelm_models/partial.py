@@ -5,23 +5,31 @@ Knows bytes and digests; not where they come from.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 from edgelm.errors import DownloadError
 from edgelm.sizes import MB, MIB, human
+
+if TYPE_CHECKING:
+    import hashlib
 
 CHUNK_BYTES = MIB
 SPARE_BYTES = 32 * MB
 
 
+def _sha256() -> hashlib._Hash:
+    import hashlib  # loads OpenSSL, 3.6 MB that who runs a model which is here already does not need
+
+    return hashlib.sha256()
+
+
 def digest_of(path: Path) -> str:
     """Return the sha256 of a file in hexadecimal, reading 1 MiB at a time."""
-    digest = hashlib.sha256()
+    digest = _sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
@@ -56,7 +64,7 @@ class PartialFile:
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
         self.path = path
-        self._digest = hashlib.sha256()
+        self._digest = _sha256()
         self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115 - closed by __exit__
         self._file.truncate(keep_bytes)
         self._file.seek(0)
@@ -67,7 +75,7 @@ class PartialFile:
     def restart(self) -> None:
         """Forget everything written so far."""
         self._file.truncate(0)
-        self._digest = hashlib.sha256()
+        self._digest = _sha256()
         self.size_bytes = 0
 
     def append(self, chunk: bytes) -> None:
