@@ -35,6 +35,7 @@ MAX_COMPUTE_BYTES, COMPUTE_S, BUSY_S = 64 * MIB, 0.03, 0.1
 PIECE_BYTES = 1 * MIB
 WIDE = 32
 """Tokens of the products that say how fast wide passes are."""
+LEAST_SHARE = 8
 N_TYPES = 4
 """Tensor types measured, those with the most bytes; the others are taken to be as fast as these."""
 _BLOCKS = 4
@@ -88,7 +89,11 @@ class _Kernels:
     def bytes_per_s(self, kind: TensorType, width: int, n_tokens: int = 1) -> float:
         """Bytes of weights times tokens a second."""
         name = f"{kind.name} {width}" + (f" x {n_tokens}" if n_tokens > 1 else "")
-        return self._get(name, lambda: _matrix_rate(self._session, kind, width, self._n_bytes, n_tokens))
+        rate = self._get(name, lambda: _matrix_rate(self._session, kind, width, self._n_bytes, n_tokens))
+        if n_tokens == 1 and name not in self._known:
+            # short products suffer most from a busy machine; no kernel at hand does less than this for one row
+            return max(rate, self.bytes_per_s(kind, width, WIDE) / LEAST_SHARE)
+        return rate
 
     def overhead_s(self) -> float:
         """Seconds that a matrix costs beside its bytes: starting kernels, and the small operations around it."""
@@ -194,11 +199,10 @@ def _usual_s(program: Program, places: Sequence[Bindings]) -> tuple[float, bool]
         else:
             disturbed.append(seconds)
             time.sleep(0.002)  # schedulers favour who has just waited: the next run has a better chance
-    if not clean:
-        return min(disturbed), False
-    clean.sort()
-    usual = clean[len(clean) // 2]
-    return usual, len(clean) >= _ENOUGH and usual < STEADY * clean[len(clean) // 8]
+    times = sorted(clean or disturbed)
+    best, usual = times[len(times) // 8], times[len(times) // 2]
+    steady = len(clean) >= _ENOUGH and usual < STEADY * best
+    return usual if steady else best, steady  # what else the machine does can only add
 
 
 def _switches() -> int:
