@@ -201,7 +201,7 @@ class Engine:
         if not final and self.window.cycle:
             steps = [step for step in steps if step.run <= self._cut.last_write]
         self.session.use_threads(self._pace.threads(n_tokens))
-        began_s, waited_s = time.perf_counter(), self.times.waited_s
+        began_s = time.perf_counter()
         self.window.begin([step.run for step in steps if step.bindings is None])
         try:
             workspace.positions[:n_tokens] = np.arange(arena.n_past, arena.n_past + n_tokens)
@@ -225,7 +225,7 @@ class Engine:
             arena.truncate(arena.n_past)
             raise
         arena.advance(n_tokens)
-        self._pace.passed(n_tokens, time.perf_counter() - began_s, self.times.waited_s - waited_s)
+        self._pace.passed(n_tokens, time.perf_counter() - began_s)
 
     def _compiled(self, shape: PassShape) -> list[_Step]:
         steps = self._steps.get(shape)

@@ -1,16 +1,19 @@
 """How many threads compute a pass whose weights stream.
 
 Kernels spin while they wait for each other, and readers need a core: where flash is slower than computing, one thread
-fewer costs nothing and saves a core's power. Where computing is slower, every thread counts. Which it is shows in the
-passes themselves. Knows seconds, no engine.
+fewer costs nothing and saves a core's power; where computing is slower, every thread counts; and on some systems
+spinning threads hold readers up. Which it is shows in the passes themselves: both ways are tried now and then, and the
+faster is kept. Knows seconds, no engine.
 """
 
 from __future__ import annotations
 
 WIDE_TOKENS = 8
 """Passes of at least this many tokens are bound by compute even where weights stream."""
-_WAITS = 0.1
-"""Share of a pass that waits for flash from which on flash is the slower."""
+FIRST_TRIAL, LAST_TRIAL = 16, 256
+"""Passes until the other way is tried again: twice as many each time that it loses."""
+_WORTH = 0.97
+_FRESH = 0.4
 
 
 class Pace:
@@ -19,21 +22,29 @@ class Pace:
     def __init__(self, n_threads: int, streams: bool) -> None:
         self._all = n_threads
         self._few = max(1, n_threads - 1) if streams else n_threads
-        self._decoding = self._few
-        self._few_s = 0.0
+        self._usual_s: dict[int, float] = {}
+        self._chosen, self._trial, self._n_left = self._few, FIRST_TRIAL, 2
 
     def threads(self, n_tokens: int) -> int:
         if n_tokens == 1:
-            return self._decoding
+            return self._other if self._n_left == 0 else self._chosen
         return self._all if n_tokens >= WIDE_TOKENS else self._few
 
-    def passed(self, n_tokens: int, seconds: float, waited_s: float) -> None:
-        """Learn from a pass that took `seconds`, of which `waited_s` went by waiting for flash."""
+    def passed(self, n_tokens: int, seconds: float) -> None:
+        """Learn from the pass that `threads` was asked for last."""
         if n_tokens != 1 or self._few == self._all:
             return
-        if self._decoding == self._few:
-            self._few_s = seconds - waited_s
-            if waited_s < _WAITS * seconds:
-                self._decoding = self._all
-        elif seconds > self._few_s:  # fewer would have been done as soon
-            self._decoding = self._few
+        n_threads = self.threads(1)
+        before = self._usual_s.get(n_threads, seconds)
+        self._usual_s[n_threads] = before + _FRESH * (seconds - before)
+        if self._n_left:
+            self._n_left -= 1
+            return
+        few_s, all_s = (self._usual_s.get(n, seconds) for n in (self._few, self._all))
+        better = self._all if all_s < _WORTH * few_s else self._few
+        self._trial = FIRST_TRIAL if better != self._chosen else min(2 * self._trial, LAST_TRIAL)
+        self._chosen, self._n_left = better, self._trial
+
+    @property
+    def _other(self) -> int:
+        return self._all if self._chosen == self._few else self._few

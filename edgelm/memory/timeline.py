@@ -100,11 +100,6 @@ class Times:
             if self._timeline is not None:
                 self._timeline.add("read", index, begin_s, end_s, n_bytes)
 
-    @property
-    def waited_s(self) -> float:
-        """The seconds that the compute thread has waited so far; for that thread, without the lock."""
-        return self._sums_s["wait"]
-
     def sums_s(self) -> dict[Kind, float]:
         """Return the seconds of each kind so far; reads that are under way count up to now."""
         with self._lock:
