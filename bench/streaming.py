@@ -1,8 +1,8 @@
 """How much is read for each token, and how fast, against the same reads without a model, in turn within one process.
 
 Three turns follow each other. One decodes some tokens. One reads the same offsets without a model, in the same order
-and in the same blocks, with O_DIRECT into huge pages: the better of two and four threads. One decodes as many tokens after
-the budget was raised until nothing streams. Bound on the bytes: 1.03 x max(0, pass bytes - (budget - fixed - KV -
+and in the same blocks, with O_DIRECT into huge pages: the better of two and four threads. One decodes as many tokens
+after the budget was raised until nothing streams. Bound on the bytes: 1.03 x max(0, pass bytes - (budget - fixed - KV -
 slots)), where fixed is all but weights, KV and slots. Bounds on the time: where flash is the slower, 92 % of the raw
 bandwidth; else 1.10 times the slower of computing alone and reading alone.
 """

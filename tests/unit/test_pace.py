@@ -30,9 +30,9 @@ def test_the_faster_way_is_kept_and_fewer_threads_where_it_is_all_the_same(
 
 def test_a_flash_that_slows_down_is_noticed() -> None:
     pace = Pace(2, True)
-    assert walk(pace, 2.0, 1.0, 2000)[-1] == 2
-    assert walk(pace, 5.0, 5.0, LAST_TRIAL + 20)[-1] == 1
-    assert walk(pace, 2.0, 1.0, LAST_TRIAL + 20)[-1] == 2
+    for few_s, all_s, n_threads in ((2.0, 1.0, 2), (5.0, 5.0, 1), (2.0, 1.0, 2)):
+        last = walk(pace, few_s, all_s, 2 * LAST_TRIAL)[-12:]
+        assert last.count(n_threads) >= 11
 
 
 def test_wide_passes_and_resident_models_use_every_thread() -> None:
