@@ -34,13 +34,13 @@ class Pace:
         """Learn from the pass that `threads` was asked for last."""
         if n_tokens != 1 or self._few == self._all:
             return
-        n_threads = self.threads(1)
-        before = self._usual_s.get(n_threads, seconds)
-        self._usual_s[n_threads] = before + _FRESH * (seconds - before)
         if self._n_left:
             self._n_left -= 1
+            before = self._usual_s.get(self._chosen, seconds)
+            self._usual_s[self._chosen] = before + _FRESH * (seconds - before)
             return
-        few_s, all_s = (self._usual_s.get(n, seconds) for n in (self._few, self._all))
+        self._usual_s[self._other] = seconds  # what it took long ago says little
+        few_s, all_s = (self._usual_s[n] for n in (self._few, self._all))
         better = self._all if all_s < _WORTH * few_s else self._few
         self._trial = FIRST_TRIAL if better != self._chosen else min(2 * self._trial, LAST_TRIAL)
         self._chosen, self._n_left = better, self._trial
