@@ -114,13 +114,11 @@ class Engine:
             raise
 
     def _open_window(self, plan: Plan) -> Window:
-        """Return a window that has as many bytes in flight as the flash was found to need, as far as slots allow."""
+        """Return a window that reads as the flash was found to like it, with half of the slots left for what is read."""
         if self.pattern is None or not plan.streamed:
             return Window(self.store, plan, self.times)
-        block_bytes = min(self.pattern.block_bytes, plan.slot_bytes)
-        n_readers = -(-self.pattern.block_bytes * self.pattern.n_parallel // block_bytes)
-        n_readers = max(N_READERS, min(n_readers, self.pattern.n_parallel * 2, plan.n_slots))
-        return Window(self.store, plan, self.times, block_bytes=block_bytes, n_readers=n_readers)
+        n_readers = max(N_READERS, min(self.pattern.n_parallel, plan.n_slots // 2))
+        return Window(self.store, plan, self.times, block_bytes=self.pattern.block_bytes, n_readers=n_readers)
 
     def _prepare(self, plan: Plan) -> None:
         """Cut the model at the edges of the plan's runs and lay out what passes between the segments."""
