@@ -1,7 +1,8 @@
 """What `plan` predicts against what is measured: tokens a second, time to the first token, peak memory.
 
-Models x budgets x flash (this machine's, and slower ones that are simulated by throttling reads); a process for each. The
-context is filled, so that all of the planned memory is touched. The mean absolute error of each figure is the result.
+Models x budgets x flash (this machine's, and slower ones that are simulated by throttling reads); a process for each.
+The context is filled, so that all of the planned memory is touched. The mean absolute error of each figure is the
+result.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from edgelm.engine.ir import AttendSpec, NormSpec, Op, RopeSpec, Segment, Value,
 from edgelm.engine.machine import digest, last_cache_bytes, machine_key
 from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.model import ModelFile
-from edgelm.memory.buffer import PAGE, Buffer
+from edgelm.memory.buffer import PAGE, Buffer, align_up
 from edgelm.memory.predict import Rates
 from edgelm.sizes import MB, MIB
 
@@ -57,7 +57,7 @@ def measured_rates(
     The speed of its flash is taken over as given.
 
     Takes up to 0.3 s the first time on a machine, later a few milliseconds; at most `limit_bytes` of memory (no less
-    than 5 MB), which is returned to the system. If the limit is 4 MiB above twice the processor's last cache (or
+    than 5 MB), which is returned to the system. If the limit is 5 MiB above twice the processor's last cache (or
     64 MiB), weights are measured as they come from memory; else from caches, and the rate is too high by what those
     gain. A budget that holds all weights has room for the former. Measures again every time where the cache folder
     refuses, or where the machine was too busy for repeats to agree.
@@ -65,13 +65,15 @@ def measured_rates(
     shares = _shares(file)
     kernels = _Kernels(backend, session, n_threads, limit_bytes)
     seconds_per_byte = sum(share / kernels.bytes_per_s(*matrix) for matrix, share in shares.items())
-    wide_seconds_per_byte = sum(share / kernels.bytes_per_s(*matrix, WIDE) for matrix, share in shares.items())
+    blocks = _shares(file, head=False).items()
+    wide_seconds_per_byte = sum(share / kernels.bytes_per_s(*matrix, WIDE) for matrix, share in blocks)
     n_matrices = sum(1 for info in file.tensors.values() if info.n_rows > 1)
     return Rates(
         flash_bytes_per_s=flash_bytes_per_s,
         compute_bytes_per_s=1 / seconds_per_byte,
         wide_bytes_per_s=1 / wide_seconds_per_byte,
         pass_overhead_s=kernels.overhead_s() * n_matrices,
+        token_overhead_s=kernels.overhead_s(WIDE) * n_matrices / WIDE,
     )
 
 
@@ -80,7 +82,7 @@ class _Kernels:
 
     def __init__(self, backend: Backend, session: Session, n_threads: int, limit_bytes: int) -> None:
         wanted = min(2 * last_cache_bytes(), MAX_COMPUTE_BYTES)
-        self._session, self._n_bytes = session, max(min(wanted, limit_bytes - 4 * MIB), PIECE_BYTES)
+        self._session, self._n_bytes = session, max(min(wanted, limit_bytes - 5 * MIB), PIECE_BYTES)
         places = [_place("kernels", backend.name, identity(backend), n_threads, how, machine_key()) for how in _HOW]
         self._path = places[self._n_bytes < wanted]
         # what was measured with more room is better than what little room would tell
@@ -95,9 +97,10 @@ class _Kernels:
             return max(rate, self.bytes_per_s(kind, width, WIDE) / LEAST_SHARE)
         return rate
 
-    def overhead_s(self) -> float:
+    def overhead_s(self, n_tokens: int = 1) -> float:
         """Seconds that a matrix costs beside its bytes: starting kernels, and the small operations around it."""
-        return self._get("overhead_s", lambda: _block_s(self._session))
+        name = "overhead_s" + (f" x {n_tokens}" if n_tokens > 1 else "")
+        return self._get(name, lambda: _block_s(self._session, n_tokens))
 
     def _get(self, name: str, measure: Callable[[], tuple[float, bool]]) -> float:
         if name in self._known:
@@ -133,7 +136,7 @@ def _matrix_rate(session: Session, kind: TensorType, width: int, n_bytes: int, n
     return n_tokens * rows * row / seconds, steady
 
 
-def _block_s(session: Session) -> tuple[float, bool]:
+def _block_s(session: Session, n_tokens: int) -> tuple[float, bool]:
     """Seconds of a transformer block with matrices too small to count, for each of its seven matrices."""
     heads, head_dim, width, hidden, places = 8, 64, 32, 1024, 256
     wide = heads * head_dim
@@ -164,21 +167,23 @@ def _block_s(session: Session) -> tuple[float, bool]:
     values = tuple(Value(n, "token") for n in widths)
     segment = Segment(tuple(ops), values, (0,), (x,), weights, _BLOCKS)
     cache_bytes = wide * places * 2
-    with Buffer(2 * cache_bytes + hidden * width * 2 + 4 * PAGE) as memory:
-        small = memory.address  # zeros: input, output, positions and masks
-        keys, matrix = small + 4 * PAGE, small + 4 * PAGE + 2 * cache_bytes
+    x_bytes, mask_bytes = align_up(n_tokens * width * 4), align_up(n_tokens * places * 4)
+    small_bytes = 2 * x_bytes + PAGE + mask_bytes
+    with Buffer(small_bytes + 2 * cache_bytes + hidden * width * 2) as memory:
+        small = memory.address  # zeros: input, output, positions and places, masks
+        keys, matrix = small + small_bytes, small + small_bytes + 2 * cache_bytes
         bound = Bindings(
             inputs=(small,),
-            outputs=(small + PAGE,),
+            outputs=(small + x_bytes,),
             weights=(matrix,) * len(weights),
             keys=(keys,) * _BLOCKS,
             values=(keys + cache_bytes,) * _BLOCKS,
-            positions=small + 2 * PAGE,
-            out_rows=small + 2 * PAGE,
-            places=(small + 2 * PAGE,),
-            masks=(small + 3 * PAGE,),
+            positions=small + 2 * x_bytes,
+            out_rows=small + 2 * x_bytes,
+            places=(small + 2 * x_bytes,),
+            masks=(small + 2 * x_bytes + PAGE,),
         )
-        program = session.compile(segment, PassShape(1, 1, (CacheGroup(places, places),)))
+        program = session.compile(segment, PassShape(n_tokens, 1, (CacheGroup(places, places),)))
         seconds, steady = _usual_s(program, [bound])
         del program
     return seconds / (7 * _BLOCKS), steady
@@ -214,13 +219,18 @@ def _switches() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-def _shares(file: ModelFile) -> dict[tuple[TensorType, int], float]:
-    """Return the types of most of the weights of a pass, each with its most usual width, and their shares of bytes."""
+def _shares(file: ModelFile, head: bool = True) -> dict[tuple[TensorType, int], float]:
+    """Return the types of most of the weights of a pass, each with its most usual width, and their shares of bytes.
+
+    `head=False`: without the output head, of which a prompt computes one row.
+    """
+    output = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
     sizes: Counter[TensorType] = Counter()
     widths: dict[TensorType, Counter[int]] = {}
     for info in file.tensors.values():
         # of an embedding that is not the output head too, a pass takes single rows
-        if info.n_rows > 1 and not (info.name == "token_embd.weight" and "output.weight" in file.tensors):
+        used = info.name != "token_embd.weight" or output == "token_embd.weight"
+        if info.n_rows > 1 and used and (head or info.name != output):
             sizes[info.type] += info.n_bytes
             widths.setdefault(info.type, Counter())[info.shape[0]] += info.n_bytes
     largest = sizes.most_common(N_TYPES)

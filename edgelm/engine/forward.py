@@ -114,7 +114,7 @@ class Engine:
             raise
 
     def _open_window(self, plan: Plan) -> Window:
-        """Return a window that reads as the flash was found to like it, with half of the slots left for what is read."""
+        """Return a window that reads as the flash likes it, with half of the slots left for what is read."""
         if self.pattern is None or not plan.streamed:
             return Window(self.store, plan, self.times)
         n_readers = max(N_READERS, min(self.pattern.n_parallel, plan.n_slots // 2))

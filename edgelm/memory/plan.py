@@ -72,6 +72,8 @@ class Plan:
     slot_bytes: int
     n_slots: int
     rates: Rates | None = None
+    head: str = ""
+    """The matrix that makes the logits."""
 
     def __post_init__(self) -> None:
         if self.planned_bytes > self.budget_bytes:
@@ -115,7 +117,7 @@ class Plan:
     @property
     def predicted_prefill_tps(self) -> float:
         """Tokens a second of a long prompt."""
-        seconds = self.pass_s(self.chunk)
+        seconds = self.pass_s(self.chunk, final=False)
         return self.chunk / seconds if seconds else 0.0
 
     @property
@@ -124,19 +126,28 @@ class Plan:
 
     def predicted_ttft_s(self, n_prompt: int) -> float:
         """Seconds from a prompt of `n_prompt` tokens to the first token of the answer."""
-        whole, rest = divmod(n_prompt, self.chunk)
-        return whole * self.pass_s(self.chunk) + (self.pass_s(rest) if rest else 0.0)
+        n_before = max(n_prompt - 1, 0) // self.chunk
+        rest = n_prompt - n_before * self.chunk
+        return n_before * self.pass_s(self.chunk, final=False) + self.pass_s(rest)
 
-    def pass_s(self, n_tokens: int) -> float:
-        """Return the predicted seconds of a pass of `n_tokens`; 0 if the device was not measured."""
+    def pass_s(self, n_tokens: int, final: bool = True) -> float:
+        """Return the predicted seconds of a pass of `n_tokens`; 0 if the device was not measured.
+
+        Of the output head a pass computes one row, and none at all if it is not the last one of a prompt.
+        """
         rates = self.rates
         if rates is None or not self.units:
             return 0.0
-        per_byte = rates.compute_s(self.pass_bytes, n_tokens) / self.pass_bytes
-        reads = [
-            0.0 if i in self.pinned else unit.span_bytes / rates.flash_bytes_per_s for i, unit in enumerate(self.units)
-        ]
-        return pass_s([unit.n_bytes * per_byte for unit in self.units], reads, self.n_slots)
+        compute, reads = [], []
+        overhead = rates.overhead_s(n_tokens) / self.pass_bytes
+        for i, unit in enumerate(self.units):
+            head = sum(part.n_bytes for part in unit.parts if part.tensor == self.head)
+            if head == unit.n_bytes and not final:
+                continue
+            seconds = rates.compute_s(unit.n_bytes - head, n_tokens) + rates.compute_s(head)
+            compute.append(seconds + overhead * unit.n_bytes)
+            reads.append(0.0 if i in self.pinned else unit.span_bytes / rates.flash_bytes_per_s)
+        return pass_s(compute, reads, self.n_slots)
 
     def items(self) -> tuple[tuple[str, int], ...]:
         """Every part of the budget by name; what is left is `unused`."""
@@ -198,7 +209,7 @@ def make_plan(
     most `CHUNK_SHARE` of what is not fixed. `streams=False`: all or nothing. Raises `BudgetTooSmall` with the smallest
     budget that works.
     """
-    whole = make_units(matrices, MAX_SLOT_BYTES)
+    whole, head = make_units(matrices, MAX_SLOT_BYTES), matrices[-1].name
     all_bytes = sum(unit.span_bytes for unit in whole)
     slot = smallest_slot(matrices)
     by_streaming = streams and 2 * slot < all_bytes
@@ -206,7 +217,7 @@ def make_plan(
         if demand.chunk < RESIDENT_CHUNK and by_streaming:
             break
         if demand.total_bytes + all_bytes <= budget_bytes:
-            return Plan(budget_bytes, context, demand, whole, frozenset(range(len(whole))), 0, 0, rates)
+            return Plan(budget_bytes, context, demand, whole, frozenset(range(len(whole))), 0, 0, rates, head)
     smallest = demands[-1]
     weights = ("two slots for streaming", 2 * slot) if by_streaming else ("weights, all resident", all_bytes)
     needed = smallest.total_bytes + weights[1]
@@ -228,14 +239,14 @@ def _stream(
     matrices: Sequence[TensorInfo], demand: Demand, budget_bytes: int, context: int, rates: Rates | None
 ) -> Plan:
     """Return the plan of one prompt chunk: slots, and what else fits pinned."""
-    weight_bytes = budget_bytes - demand.total_bytes
+    weight_bytes, head = budget_bytes - demand.total_bytes, matrices[-1].name
     slot_bytes, n_slots = _slots(weight_bytes, smallest_slot(matrices))
     units = make_units(matrices, slot_bytes)
     if sum(unit.span_bytes for unit in units) <= weight_bytes:
-        return Plan(budget_bytes, context, demand, units, frozenset(range(len(units))), 0, 0, rates)
+        return Plan(budget_bytes, context, demand, units, frozenset(range(len(units))), 0, 0, rates, head)
     slot_bytes = max(unit.span_bytes for unit in units)
     units, pinned = fill(units, weight_bytes - slot_bytes * n_slots)
-    return Plan(budget_bytes, context, demand, units, pinned, slot_bytes, n_slots, rates)
+    return Plan(budget_bytes, context, demand, units, pinned, slot_bytes, n_slots, rates, head)
 
 
 def fill(units: Sequence[Unit], room: int) -> tuple[tuple[Unit, ...], frozenset[int]]:

@@ -17,20 +17,28 @@ class Rates:
     """What the device was measured to do, in bytes of weights a second.
 
     `flash_bytes_per_s`: reads. `compute_bytes_per_s`: kernels in a pass of one token, `wide_bytes_per_s`: bytes times
-    tokens in a wide pass (0: not measured). `pass_overhead_s`: what a pass of one token takes beside its weights.
+    tokens in a wide pass (0: not measured). `pass_overhead_s`: what a pass of one token takes beside its weights,
+    `token_overhead_s`: what each token of a wide one takes.
     """
 
     flash_bytes_per_s: float
     compute_bytes_per_s: float
     pass_overhead_s: float = 0.0
     wide_bytes_per_s: float = 0.0
+    token_overhead_s: float = 0.0
     simulated: str | None = None
     """The device whose flash it is, if not this one's."""
 
-    def compute_s(self, pass_bytes: int, n_tokens: int = 1) -> float:
-        """Return the seconds that a pass of `n_tokens` computes."""
-        one = self.pass_overhead_s + pass_bytes / self.compute_bytes_per_s
-        return max(one, n_tokens * pass_bytes / self.wide_bytes_per_s) if self.wide_bytes_per_s else one * n_tokens
+    def compute_s(self, n_bytes: int, n_tokens: int = 1) -> float:
+        """Return the seconds that `n_tokens` take with weights of `n_bytes`, overhead apart."""
+        one = n_bytes / self.compute_bytes_per_s
+        if n_tokens == 1:
+            return one
+        return max(one, n_tokens * n_bytes / self.wide_bytes_per_s) if self.wide_bytes_per_s else one * n_tokens
+
+    def overhead_s(self, n_tokens: int) -> float:
+        """Return what a pass of `n_tokens` takes beside its weights."""
+        return max(self.pass_overhead_s, n_tokens * self.token_overhead_s)
 
 
 def pass_s(compute_s: Sequence[float], read_s: Sequence[float], n_slots: int) -> float:

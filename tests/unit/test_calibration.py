@@ -72,7 +72,7 @@ class Counted:
 def test_rates_are_plausible_and_kept(backend, session, file, cache):
     counted = Counted(session)
     first = measured_rates(backend, counted, file, 1, FLASH)
-    assert counted.n_compiled == 5  # two types, narrow and wide, and the block
+    assert counted.n_compiled == 5  # two types, one of them wide, and the block, both
     assert first.flash_bytes_per_s == FLASH
     assert 1 * MB < first.compute_bytes_per_s < 1e12
     assert 1e-7 < first.pass_overhead_s < 10
