@@ -141,7 +141,9 @@ def _get_ready(
         room = min(max(budget_bytes - platform.rss_bytes() - SPARE_BYTES, 0), MEASURING_BYTES)
         pattern = _pattern(store, file, room, device) if device or _may_stream(file, budget_bytes) else None
         flash_bytes_per_s = pattern.bytes_per_s if pattern else 0.0
-        rates = measured_rates(chosen, session, file, n_threads, flash_bytes_per_s, limit_bytes=room)
+        rates = measured_rates(
+            chosen, session, file, n_threads, flash_bytes_per_s, limit_bytes=room, store=store if pattern else None
+        )
         if device:
             rates = replace(rates, simulated=device.name)
         trim()

@@ -7,6 +7,8 @@ memory is planned, in little memory that is given back. Plans nothing.
 from __future__ import annotations
 
 import ctypes
+import itertools
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.model import ModelFile
 from edgelm.memory.buffer import PAGE, Buffer, align_up
 from edgelm.memory.predict import Rates
+from edgelm.memory.stores import Store
 from edgelm.sizes import MB, MIB
 
 LIMIT_BYTES = 20 * MB
@@ -51,10 +54,12 @@ def measured_rates(
     flash_bytes_per_s: float,
     *,
     limit_bytes: int = LIMIT_BYTES,
+    store: Store | None = None,
 ) -> Rates:
     """Return what the device does with this model: kernels for its tensor types, and the cost of a pass.
 
-    The speed of its flash is taken over as given.
+    The speed of its flash is taken over as given. With `store`, it is also measured how much reading from it holds
+    computing up.
 
     Takes up to 0.3 s the first time on a machine, later a few milliseconds; at most `limit_bytes` of memory (no less
     than 5 MB), which is returned to the system. If the limit is 5 MiB above twice the processor's last cache (or
@@ -74,6 +79,7 @@ def measured_rates(
         wide_bytes_per_s=1 / wide_seconds_per_byte,
         pass_overhead_s=kernels.overhead_s() * n_matrices,
         token_overhead_s=kernels.overhead_s(WIDE) * n_matrices / WIDE,
+        read_cost_s_per_byte=kernels.read_cost_s_per_byte(store, file) if store else 0.0,
     )
 
 
@@ -101,6 +107,10 @@ class _Kernels:
         """Seconds that a matrix costs beside its bytes: starting kernels, and the small operations around it."""
         name = "overhead_s" + (f" x {n_tokens}" if n_tokens > 1 else "")
         return self._get(name, lambda: _block_s(self._session, n_tokens))
+
+    def read_cost_s_per_byte(self, store: Store, file: ModelFile) -> float:
+        """Seconds that every byte which is read meanwhile adds to computing: interrupts, readers, memory."""
+        return self._get("read_cost_s_per_byte", lambda: _read_cost_s_per_byte(self._session, store, file))
 
     def _get(self, name: str, measure: Callable[[], tuple[float, bool]]) -> float:
         if name in self._known:
@@ -187,6 +197,44 @@ def _block_s(session: Session, n_tokens: int) -> tuple[float, bool]:
         seconds, steady = _usual_s(program, [bound])
         del program
     return seconds / (7 * _BLOCKS), steady
+
+
+def _read_cost_s_per_byte(session: Session, store: Store, file: ModelFile) -> tuple[float, bool]:
+    """Compute a wide product for a moment alone and for a moment beside two readers; also says whether that agreed."""
+    width, rows, block = 1024, 512, 1 * MIB
+    number = max(range(len(file.file_bytes)), key=file.file_bytes.__getitem__)
+    places = range(0, max(file.file_bytes[number] - block, 1), block)
+    n_bytes = min(block, file.file_bytes[number])
+    stop, n_read = threading.Event(), [0, 0]
+    with Buffer(width * rows * 2 + WIDE * (width + rows) * 4) as state, Buffer(4 * MIB, huge=True) as slots:
+
+        def read(reader: int) -> None:
+            for place in itertools.cycle(places[reader::2] or places):
+                if stop.is_set():
+                    return
+                store.read_into(number, place, n_bytes, slots.view, reader * 2 * MIB)
+                n_read[reader] += n_bytes
+
+        weight = Weight("", TensorType.F16, width, rows)
+        values = (Value(width, "token"), Value(rows, "token"))
+        segment = Segment((Op("linear", (0,), 1, (weight,)),), values, (0,), (1,), (weight,), 0)
+        program = session.compile(segment, PassShape(WIDE, 1, ()))
+        x = state.address + width * rows * 2
+        bound = Bindings((x,), (x + WIDE * width * 4,), (state.address,), (), (), 0, 0, (), ())
+        alone, steady = _usual_s(program, [bound])
+        readers = [threading.Thread(target=read, args=(i,), daemon=True) for i in range(2)]
+        for reader in readers:
+            reader.start()
+        began, n_runs = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - began) < BUSY_S:
+            program.run(bound)
+            n_runs += 1
+        n_done = sum(n_read)
+        stop.set()
+        for reader in readers:
+            reader.join()
+        del program
+    return max(elapsed - n_runs * alone, 1e-9) / max(n_done, 1), steady and n_done > 0
 
 
 def _usual_s(program: Program, places: Sequence[Bindings]) -> tuple[float, bool]:

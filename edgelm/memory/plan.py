@@ -139,7 +139,8 @@ class Plan:
         if rates is None or not self.units:
             return 0.0
         compute, reads = [], []
-        overhead = rates.overhead_s(n_tokens) / self.pass_bytes
+        overhead = rates.overhead_s(n_tokens) + self.streamed_bytes * rates.read_cost_s_per_byte
+        overhead /= self.pass_bytes
         for i, unit in enumerate(self.units):
             head = sum(part.n_bytes for part in unit.parts if part.tensor == self.head)
             if head == unit.n_bytes and not final:

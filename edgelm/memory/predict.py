@@ -18,7 +18,8 @@ class Rates:
 
     `flash_bytes_per_s`: reads. `compute_bytes_per_s`: kernels in a pass of one token, `wide_bytes_per_s`: bytes times
     tokens in a wide pass (0: not measured). `pass_overhead_s`: what a pass of one token takes beside its weights,
-    `token_overhead_s`: what each token of a wide one takes.
+    `token_overhead_s`: what each token of a wide one takes. `read_cost_s_per_byte`: how long computing is held up by
+    every byte that is read meanwhile.
     """
 
     flash_bytes_per_s: float
@@ -26,6 +27,7 @@ class Rates:
     pass_overhead_s: float = 0.0
     wide_bytes_per_s: float = 0.0
     token_overhead_s: float = 0.0
+    read_cost_s_per_byte: float = 0.0
     simulated: str | None = None
     """The device whose flash it is, if not this one's."""
 
