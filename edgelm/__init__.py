@@ -92,6 +92,7 @@ def load(
     backend: str = "auto",
     threads: int | None = None,
     context: int | None = None,
+    adaptive: bool | Callable[[str], None] = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a GGUF file inside a memory budget.
@@ -99,7 +100,9 @@ def load(
     `memory` bounds the whole process at its peak ("300MB", "1GiB", or bytes); without it the budget is what the
     device can spare (`Model.notes` says how much). `context` is the number of tokens that prompt and answer may have
     together; without it as much as the model was made for, up to 4096, fewer if the budget asks for it.
-    `threads` defaults to the physical cores that this process may use. `progress(done, total)` hears of loading.
+    `threads` defaults to the physical cores that this process may use. An `adaptive` model gives memory back while the
+    device is short of it, and takes it again up to the budget; a function hears a sentence for each change, from
+    another thread. `progress(done, total)` hears of loading.
 
     Raises `BudgetTooSmall` with the smallest budget that works, `ModelFileError`, `UnsupportedModel`,
     `BackendUnavailable` or `ConfigError`.
@@ -107,7 +110,8 @@ def load(
     from edgelm.model import Model
     from edgelm.opening import open_engine
 
-    return Model(open_engine(path, memory=memory, backend=backend, threads=threads, context=context, progress=progress))
+    opened = open_engine(path, memory=memory, backend=backend, threads=threads, context=context, progress=progress)
+    return Model(opened, adaptive)
 
 
 def __getattr__(name: str) -> Any:
