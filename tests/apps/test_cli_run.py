@@ -151,3 +151,10 @@ def test_a_reader_that_leaves_is_no_error(model_file, monkeypatch):
     assert child.stderr.read() == b""
     child.stderr.close()
     assert child.wait(10) == 141
+
+
+def test_changes_of_an_adaptive_budget_are_told_after_the_answer(edgelm_command, engine, model_file):
+    result = edgelm_command("run", model_file, "hi", "--adaptive")
+    assert result.out == "echo: none#1 hi\n"
+    assert result.err.splitlines()[-1] == "memory is short: budget 100 MB -> 80 MB"
+    assert edgelm_command("run", model_file, "hi", "--adaptive", "--quiet").err == ""
