@@ -30,7 +30,7 @@ class Monitor:
         self._model, self._announce = weakref.ref(model), announce
         self._platform = platform or current_platform()
         self._adapter = Adapter()
-        self._floor: int | None = None
+        self._floor = 1  # until a budget is refused: to look for the smallest one takes the time of some tokens
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="edgelm-adaptive", daemon=True)
 
@@ -57,8 +57,6 @@ class Monitor:
 
     def _step(self, model: Model) -> None:
         before, asked = model.plan, model.asked_bytes
-        if self._floor is None:
-            self._floor = _floor(model)
         wanted = self._adapter.next_budget(
             asked, min(self._floor, asked), before.budget_bytes, before.planned_bytes, self._platform.pressure()
         )
@@ -68,6 +66,8 @@ class Monitor:
             after = model.adapt_budget(wanted)
         except BudgetTooSmall as error:
             self._floor = error.needed_bytes
+            after = model.adapt_budget(self._floor)
+        if after.budget_bytes == before.budget_bytes:
             return
         why = "memory is short" if after.budget_bytes < before.budget_bytes else "memory is free again"
         self._say(f"{why}: budget {human(before.budget_bytes)} -> {human(after.budget_bytes)}")
@@ -79,12 +79,3 @@ class Monitor:
             self._announce(sentence)
         except Exception:
             traceback.print_exc()  # the caller's mistake: shown as in any thread, but the model goes on adapting
-
-
-def _floor(model: Model) -> int:
-    """Return the smallest budget that works, by asking for one that cannot."""
-    try:
-        model.adapt_budget(1)
-    except BudgetTooSmall as error:
-        return error.needed_bytes
-    raise AssertionError("no model fits into one byte")
