@@ -6,7 +6,8 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,6 +81,21 @@ def within_memory() -> Callable[..., Any]:
             pytest.skip(f"no limit can be set here: {error}")
 
     return run
+
+
+@pytest.fixture
+def memory_group() -> Iterator[Callable[[str], Any]]:
+    """Make a memory cgroup for several commands: `memory_group("300MB")`; skips where none can be made."""
+    limited = _limited()
+    with ExitStack() as stack:
+
+        def make(size: str) -> Any:
+            try:
+                return stack.enter_context(limited.group(parse_size(size)))
+            except limited.NoCgroup as error:
+                pytest.skip(f"no limit can be set here: {error}")
+
+        yield make
 
 
 def _limited() -> ModuleType:
