@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-SCRIPTS = ("tokens", "speed", "startup", "memory", "streaming", "big_streaming", "neurons")
+SCRIPTS = ("tokens", "speed", "startup", "memory", "live_budget", "streaming", "big_streaming", "neurons")
 ALLOCATE = "import sys; block = bytearray(int(sys.argv[1])); block[::4096] = b'x' * len(block[::4096]); print('done')"
 
 
