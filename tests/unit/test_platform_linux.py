@@ -138,7 +138,7 @@ def test_pressure_of_a_v2_group_is_its_own(tmp_path: Path) -> None:
     linux = v2(tmp_path, files)
     assert linux.pressure() == Pressure(500000000, 50000000, 0.0, 45)
     (tmp_path / base / "memory.pressure").unlink()
-    assert linux.pressure().stalled == 0.8
+    assert linux.pressure().stalled == 0, "the stalls of the device may be those of others"
 
 
 def test_pressure_of_a_v1_group(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_pressure_of_a_v1_group(tmp_path: Path) -> None:
         base + "memory.failcnt": "12",
     }
     linux = tree(tmp_path, files)
-    assert linux.pressure() == Pressure(800000, 500000, 0.1, 12)
+    assert linux.pressure() == Pressure(800000, 500000, 0.0, 12)
     (tmp_path / "proc/self/cgroup").write_text("4:memory:/\n0::/\n")
     assert linux.pressure() == Pressure(8000000 * KIB, 4000000 * KIB, 0.1), "the process has left the group"
 

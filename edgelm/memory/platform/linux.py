@@ -99,7 +99,8 @@ class Linux(PosixFiles):
         hits = sum(_limit_hits(bound.folder, bound.version) for bound in bounds)
         own = next((folder for folder, version in self._memory_groups() if version == 2), None)
         stalled = _stalled(own / "memory.pressure") if own else None
-        if stalled is None:  # groups of version 1 keep no such account, nor do all of version 2
+        # the device's account is no stand-in within a limit: stalls of other groups would be taken for ours
+        if stalled is None and not bounds:
             stalled = _stalled(self._root / "proc/pressure/memory")
         return Pressure(self._total(bounds), self._available(bounds), stalled or 0.0, hits)
 
