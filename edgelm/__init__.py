@@ -105,6 +105,7 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     simulate: str | None = None,
+    adaptive: bool | Callable[[str], None] = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a GGUF file inside a memory budget.
@@ -112,7 +113,9 @@ def load(
     `memory` bounds the whole process at its peak ("300MB", "1GiB", or bytes); without it the budget is what the
     device can spare (`Model.notes` says how much). `context` is the number of tokens that prompt and answer may have
     together; without it as much as the model was made for, up to 4096, fewer if the budget asks for it.
-    `threads` defaults to the physical cores that this process may use. `progress(done, total)` hears of loading.
+    `threads` defaults to the physical cores that this process may use. An `adaptive` model gives memory back while the
+    device is short of it, and takes it again up to the budget; a function hears a sentence for each change, from
+    another thread. `progress(done, total)` hears of loading.
     `simulate` names one of `devices()`: reading weights is slowed down to that device's flash, and its budget and
     threads stand in for those not given; the processor stays this machine's own.
 
@@ -125,7 +128,7 @@ def load(
     opened = open_engine(
         path, memory=memory, backend=backend, threads=threads, context=context, simulate=simulate, progress=progress
     )
-    return Model(opened)
+    return Model(opened, adaptive)
 
 
 def __getattr__(name: str) -> Any:

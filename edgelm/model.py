@@ -28,6 +28,7 @@ from edgelm.turns import Turn, Turns
 from edgelm.usage import Chunk, Clock
 
 if TYPE_CHECKING:
+    from edgelm.adaptive import Monitor
     from edgelm.chat import Chat, Overflow
     from edgelm.text.template import ChatTemplate
 
@@ -59,10 +60,11 @@ _OWN_OPTIONS = ("max_tokens", "stop", "ignore_eos", "timeout_s", "processors")
 class Model:
     """A loaded model. Use it as a context manager, or call `close`.
 
-    `plan` says where the memory went, `backend` which backend computes, `template` how chats are rendered.
+    `plan` says where the memory went, `asked_bytes` the budget that was asked for, `backend` which backend computes,
+    `template` how chats are rendered.
     """
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: Opened, adaptive: bool | Callable[[str], None] = False) -> None:
         self._engine = opened.engine
         self._file, self._prepared = opened.file, opened.prepared
         self.tokenizer: Tokenizer = opened.tokenizer
@@ -72,6 +74,13 @@ class Model:
         self.turns = Turns(opened.engine.cancel)
         self._template: ChatTemplate | None = None
         self._meter = Meter()
+        self.asked_bytes = opened.engine.plan.budget_bytes
+        self._monitor: Monitor | None = None
+        if adaptive:
+            from edgelm.adaptive import Monitor
+
+            self._monitor = Monitor(self, adaptive if callable(adaptive) else None)
+            self._monitor.start()
 
     @property
     def plan(self) -> Plan:
@@ -210,17 +219,29 @@ class Model:
         that works with the cache as it is; nothing has changed then.
         """
         with self.turns.between():
-            if self._engine.pattern is None:
-                self._prepared = with_flash(self._prepared, self._engine, self._file)
-            plan = replan(self._prepared, self._engine, parse_size(memory))
-            self._engine.carry_out(plan)
-            trim()
-            self.notes = concessions(plan, plan.context)
+            plan = self._go_over(parse_size(memory))
+            self.asked_bytes = plan.budget_bytes
+        return plan
+
+    def adapt_budget(self, budget_bytes: int) -> Plan:
+        """Go over to another budget for a while, within the one that was asked for; see `set_budget`."""
+        with self.turns.between():
+            return self._go_over(min(budget_bytes, self.asked_bytes))
+
+    def _go_over(self, budget_bytes: int) -> Plan:
+        if self._engine.pattern is None:
+            self._prepared = with_flash(self._prepared, self._engine, self._file)
+        plan = replan(self._prepared, self._engine, budget_bytes)
+        self._engine.carry_out(plan)
+        trim()
+        self.notes = concessions(plan, plan.context)
         return plan
 
     def close(self) -> None:
         """Give all memory back. Streams are stopped first; one that was left half-way ends when it is read again."""
         self.turns.close(self._engine.close)
+        if self._monitor is not None:
+            self._monitor.stop()
 
     def __enter__(self) -> Model:
         return self

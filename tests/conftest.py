@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,17 @@ def within_memory() -> Callable[..., Any]:
             pytest.skip(f"no limit can be set here: {error}")
 
     return run
+
+
+@pytest.fixture
+def memory_group() -> Iterator[Callable[[str], Any]]:
+    """Make a memory cgroup for several commands: `memory_group("300MB")`; skips where none can be made."""
+    with ExitStack() as stack:
+
+        def make(size: str) -> Any:
+            try:
+                return stack.enter_context(limited.group(parse_size(size)))
+            except limited.NoCgroup as error:
+                pytest.skip(f"no limit can be set here: {error}")
+
+        yield make

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm_apps.options import (
+    adaptive_option,
     engine_options,
     engine_values,
     model_argument,
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 @quiet_option
 @offline_option
 @engine_options
+@adaptive_option
 @sampling_options
-def chat(model: str | None, system: str | None, quiet: bool, offline: bool, **given: Any) -> int:
+def chat(model: str | None, system: str | None, quiet: bool, offline: bool, adaptive: bool, **given: Any) -> int:
     """Talk with a model.
 
     MODEL is a path or a name; without it, smollm2-135m-instruct.
@@ -35,17 +37,20 @@ def chat(model: str | None, system: str | None, quiet: bool, offline: bool, **gi
     Ctrl-C stops an answer; Ctrl-D or /exit leaves; /help lists the commands.
     """
     from edgelm_apps.engine import find_model, open_model, start_lines
-    from edgelm_apps.output import note
+    from edgelm_apps.output import Asides, note
     from edgelm_apps.repl import Conversation, lines_from_stdin, talk
     from edgelm_models.catalogue import DEFAULT_MODEL
 
     overflow: Overflow = given.pop("overflow") or "error"
     path = find_model(model or DEFAULT_MODEL, offline=offline, quiet=quiet)
-    with open_model(path, engine_values(given), quiet=quiet) as loaded:
+    engine, asides = engine_values(given), Asides(quiet)
+    if adaptive:
+        engine["adaptive"] = asides.add
+    with open_model(path, engine, quiet=quiet) as loaded:
         if not quiet:
             for line in start_lines(loaded):
                 note(line)
             if loaded.template.notice:
                 note(loaded.template.notice)
         with lines_from_stdin(greet=not quiet) as source:
-            return talk(Conversation(loaded, system, overflow, sampling_values(given)), source)
+            return talk(Conversation(loaded, system, overflow, sampling_values(given), asides), source)

@@ -121,6 +121,9 @@ def sampling_options(command: F) -> F:
     )(command)
 
 
+adaptive_option = click.option(
+    "--adaptive", is_flag=True, help="Give memory back while the device is short of it; take it again afterwards."
+)
 offline_option = click.option("--offline", is_flag=True, help="Fetch nothing: use only what is on this machine.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,22 @@ def print_error(text: str) -> None:
 def print_dim(text: str) -> None:
     """Print one line that is there on the side to stderr."""
     click.echo(click.style(text, dim=True) if use_colour() else text, err=True)
+
+
+class Asides:
+    """Sentences that arrive from another thread; they are shown when the caller says so, not amid an answer."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet, self._waiting = quiet, deque[str]()
+
+    def add(self, text: str) -> None:
+        self._waiting.append(text)
+
+    def show(self) -> None:
+        while self._waiting:
+            text = self._waiting.popleft()
+            if not self._quiet:
+                print_dim(text)
 
 
 def use_colour() -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm_apps.engine import ask, budget_lines, interruptible, statistics_text, status_line
-from edgelm_apps.output import note, print_dim, print_error
+from edgelm_apps.output import Asides, note, print_dim, print_error
 
 if TYPE_CHECKING:
     from edgelm import Model, Usage
@@ -39,8 +39,11 @@ Ctrl-C stops an answer."""
 class Conversation:
     """One chat with one model, and what the slash commands need to know about it."""
 
-    def __init__(self, model: Model, system: str | None, overflow: Overflow, sampling: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Model, system: str | None, overflow: Overflow, sampling: dict[str, Any], asides: Asides
+    ) -> None:
         self.model, self.system, self.overflow, self.sampling = model, system, overflow, sampling
+        self.asides = asides
         self.chat = model.chat(system, overflow=overflow)
         self.usage: Usage | None = None
         self.shows_status = False
@@ -105,6 +108,7 @@ def talk(conversation: Conversation, source: Lines) -> int:
 
     interrupts = 0
     while True:
+        conversation.asides.show()
         try:
             text = read_message(source)
         except EOFError:

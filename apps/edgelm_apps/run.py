@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm_apps.options import (
+    adaptive_option,
     engine_options,
     engine_values,
     json_option,
@@ -43,8 +44,9 @@ if TYPE_CHECKING:
 @quiet_option
 @offline_option
 @engine_options
+@adaptive_option
 @sampling_options
-def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool, **given: Any) -> int:
+def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool, adaptive: bool, **given: Any) -> int:
     """Answer one prompt.
 
     MODEL is a path or a name: a name that is not on this machine is pulled.
@@ -52,7 +54,7 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
     Text on stdin is joined to PROMPT after a blank line, or is the prompt if there is none.
     """
     from edgelm_apps.engine import find_model, interruptible, open_model, start_lines
-    from edgelm_apps.output import note, print_json
+    from edgelm_apps.output import Asides, note, print_json
 
     prompt = _prompt(given.pop("prompt"), given.pop("prompt_file"))
     engine, sampling = engine_values(given), sampling_values(given)
@@ -63,6 +65,9 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
     if given["raw"] and given["overflow"] is not None:
         raise click.UsageError("--overflow is about turns of a chat, and --raw has none: give one of them")
     path = find_model(model, offline=offline, quiet=quiet)
+    asides = Asides(quiet or as_json)
+    if adaptive:
+        engine["adaptive"] = asides.add
     with open_model(path, engine, quiet=quiet or as_json) as loaded:
         if not quiet and not as_json:
             for line in start_lines(loaded):
@@ -74,6 +79,7 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
             click.echo(rendered, err=True)
         with interruptible(loaded), closing(chunks):
             result = _collect(chunks, _say_nothing if as_json else _say)
+        asides.show()
         if as_json:
             print_json(result | {"prompt": rendered} if show_prompt else result)
     return 130 if result["finish_reason"] == "cancelled" else 0

@@ -10,8 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from edgelm.files.model import TensorInfo
-from edgelm.memory.buffer import PAGE
+from edgelm.memory.buffer import PAGE, align_up
 from edgelm.memory.stores import span
+
+MAX_UNITS = 1024
+"""About as many units as the matrices of a model are cut into at the most. What the process keeps of one (the plan, a
+step of the pass, a place in the cut) takes 2 KB and more: with more units that costs more than smaller slots save."""
 
 
 class Part(NamedTuple):
@@ -143,8 +147,9 @@ def requests(parts: Iterable[Part], most_bytes: int) -> list[tuple[int, int, int
 
 
 def smallest_slot(tensors: Sequence[TensorInfo]) -> int:
-    """Return the bytes of the smallest slot that every matrix can be cut for."""
-    return max(span(PAGE - 1, min(info.row_step, info.n_rows) * info.row_bytes) for info in tensors)
+    """Return the bytes of the smallest slot that every matrix can be cut for, and not into more than `MAX_UNITS`."""
+    rows = max(span(PAGE - 1, min(info.row_step, info.n_rows) * info.row_bytes) for info in tensors)
+    return max(rows, align_up(sum(info.n_bytes for info in tensors) // MAX_UNITS))
 
 
 def merge(units: Sequence[Unit]) -> Unit:

@@ -90,6 +90,8 @@ class FakeModel:
         if "overflow" in prompt:
             raise ContextOverflow(999, self.plan.context)
         self.cancelled = False
+        if announce := self.options.get("adaptive"):
+            announce("memory is short: budget 100 MB -> 80 MB")
         words = f"echo: {prompt}".split(" ")
         for number, word in enumerate(words):
             time.sleep(float(os.environ.get("FAKE_DELAY_S", "0")))

@@ -124,6 +124,18 @@ def test_a_status_line_after_each_answer_on_demand(child_command, model_file):
     ]
 
 
+def test_changes_of_an_adaptive_budget_are_told_between_the_answers(child_command, model_file):
+    result = child_command("chat", model_file, "--adaptive", stdin=b"one\n/nonsense\ntwo\n")
+    assert result.out == "echo: none#1 one\necho: none#2 two\n"
+    change = "memory is short: budget 100 MB -> 80 MB"
+    assert result.err.splitlines()[-3:] == [
+        change,
+        "edgelm: unknown command /nonsense; /help lists the commands",
+        change,
+    ]
+    assert child_command("chat", model_file, "--adaptive", "-q", stdin=b"one\n").err == ""
+
+
 def test_an_error_on_a_pipe_ends_with_its_exit_code(child_command, model_file):
     result = child_command("chat", model_file, "-q", stdin=b"overflow\nnever asked\n")
     assert (result.code, result.out) == (8, "")

@@ -161,3 +161,10 @@ def test_a_simulated_device_is_handed_on_and_shown(edgelm_command, engine, model
     answer = edgelm_command("run", model_file, "hi", "--json", "--simulate", "pi5-nvme").json()
     assert answer["simulated"] == "pi5-nvme"
     assert edgelm_command("run", model_file, "hi", "--json").json()["simulated"] is None
+
+
+def test_changes_of_an_adaptive_budget_are_told_after_the_answer(edgelm_command, engine, model_file):
+    result = edgelm_command("run", model_file, "hi", "--adaptive")
+    assert result.out == "echo: none#1 hi\n"
+    assert result.err.splitlines()[-1] == "memory is short: budget 100 MB -> 80 MB"
+    assert edgelm_command("run", model_file, "hi", "--adaptive", "--quiet").err == ""

@@ -36,11 +36,11 @@ CATALOGUE_MAY = BASE | {"edgelm.files.gguf", "edgelm.text.cache"}
 
 MODULE_LINES = 400
 FOLDER_LINES = {  # raised only on purpose
-    "edgelm": 1900,
+    "edgelm": 2200,
     "edgelm/files": 1800,
     "edgelm/text": 2900,
-    "edgelm/memory": 3200,
-    "edgelm/engine": 3600,
+    "edgelm/memory": 3400,
+    "edgelm/engine": 3700,
     "edgelm/testing": 2200,
     "backends/edgelm_numpy": 1500,
     "backends/edgelm_llamacpp": 1200,

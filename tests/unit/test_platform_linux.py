@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgelm.memory.platform import current_platform
+from edgelm.memory.platform.base import Pressure
 from edgelm.memory.platform.linux import Linux
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux' own interfaces")
@@ -114,6 +115,48 @@ def test_v1_limits_and_their_way_of_saying_none(tmp_path: Path) -> None:
     assert linux.total_bytes() == 800000
 
 
+PSI = "some avg10={} avg60=0.50 avg300=0.00 total=99\nfull avg10=9.00 avg60=0.00 avg300=0.00 total=1\n"
+
+
+def test_pressure_of_the_device(tmp_path: Path) -> None:
+    assert tree(tmp_path, {}).pressure() == Pressure(8000000 * KIB, 4000000 * KIB)
+    assert tree(tmp_path, {"proc/pressure/memory": PSI.format("2.50")}).pressure().stalled == 0.025
+
+
+def test_pressure_of_a_v2_group_is_its_own(tmp_path: Path) -> None:
+    base = "sys/fs/cgroup/user/edge/"
+    files = {
+        "proc/pressure/memory": PSI.format("80.00"),
+        base + "memory.pressure": PSI.format("0.00"),
+        base + "memory.max": "500000000\n",
+        base + "memory.current": "200000000\n",
+        base + "memory.events": "low 7\nhigh 3\nmax 2\noom 1\noom_kill 1\n",
+        "sys/fs/cgroup/user/memory.max": "600000000\n",
+        "sys/fs/cgroup/user/memory.current": "550000000\n",
+        "sys/fs/cgroup/user/memory.events": "high 0\nmax 40\n",
+    }
+    linux = v2(tmp_path, files)
+    assert linux.pressure() == Pressure(500000000, 50000000, 0.0, 45)
+    (tmp_path / base / "memory.pressure").unlink()
+    assert linux.pressure().stalled == 0, "the stalls of the device may be those of others"
+
+
+def test_pressure_of_a_v1_group(tmp_path: Path) -> None:
+    base = "sys/fs/cgroup/memory/a/"
+    files = {
+        "proc/pressure/memory": PSI.format("10.00"),
+        "proc/self/cgroup": "4:memory:/a\n0::/\n",
+        "proc/self/mountinfo": V1_MOUNTS,
+        base + "memory.limit_in_bytes": "800000",
+        base + "memory.usage_in_bytes": "300000",
+        base + "memory.failcnt": "12",
+    }
+    linux = tree(tmp_path, files)
+    assert linux.pressure() == Pressure(800000, 500000, 0.0, 12)
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/\n0::/\n")
+    assert linux.pressure() == Pressure(8000000 * KIB, 4000000 * KIB, 0.1), "the process has left the group"
+
+
 @pytest.mark.parametrize(
     ("affinity", "quota", "expected"),
     [({0, 1, 2, 3}, None, 2), ({0, 2}, None, 1), ({0, 1, 2, 3}, "150000 100000", 1), ({0, 1}, "50000 100000", 1),
@@ -150,6 +193,8 @@ def test_this_machine_is_plausible() -> None:
     assert 1 << 20 < resident <= peak < here.total_bytes()
     assert anonymous + files == resident
     assert 0 < here.available_bytes() <= here.total_bytes()
+    assert 0 < here.pressure().available_bytes <= here.pressure().total_bytes
+    assert 0 <= here.pressure().stalled <= 1
     assert 1 <= here.cores() <= (os.cpu_count() or 1)
 
 

@@ -12,6 +12,7 @@ import pytest
 if sys.platform == "win32":
     pytest.skip("needs fcntl", allow_module_level=True)
 
+from edgelm.memory.platform.base import Pressure
 from edgelm.memory.platform.macos import MacOS, RusageInfoV4, VmStatistics64
 
 PAGE = 16384
@@ -20,8 +21,8 @@ PAGE = 16384
 class FakeSystem:
     """The five functions of libSystem that are used, with fixed answers."""
 
-    def __init__(self, *, fails: bool = False) -> None:
-        self.result = -1 if fails else 0
+    def __init__(self, *, fails: bool = False, level: int = 1) -> None:
+        self.result, self._level = -1 if fails else 0, level
 
     def proc_pid_rusage(self, pid: int, flavor: int, usage: Any) -> int:
         assert (pid > 0, flavor) == (True, 4)
@@ -41,6 +42,7 @@ class FakeSystem:
 
     def sysctlbyname(self, name: bytes, value: Any, size: Any, _new: None, _length: Any) -> int:
         answers = {b"hw.pagesize": (PAGE, 8), b"hw.memsize": (8 << 30, 8), b"hw.physicalcpu": (6, 4)}
+        answers[b"kern.memorystatus_vm_pressure_level"] = (self._level, 4)
         number, n_bytes = answers[name]
         ctypes.memmove(value, number.to_bytes(n_bytes, "little"), n_bytes)
         return self.result
@@ -64,6 +66,11 @@ def test_available_counts_free_purgeable_and_inactive_file_pages() -> None:
     assert system.available_bytes() == (1000 + 10 + 200) * PAGE
     assert system.total_bytes() == 8 << 30
     assert system.cores() == 6
+
+
+@pytest.mark.parametrize(("told", "level"), [(1, 0), (2, 1), (4, 2)])
+def test_the_pressure_level_is_the_systems(told: int, level: int) -> None:
+    assert MacOS(FakeSystem(level=told)).pressure() == Pressure(8 << 30, 1210 * PAGE, level=level)
 
 
 @pytest.mark.parametrize("question", ["memory_counters", "available_bytes", "total_bytes"])

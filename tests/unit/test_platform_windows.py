@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from edgelm.memory.platform.base import Pressure
 from edgelm.memory.platform.windows import MemoryStatusEx, Overlapped, ProcessMemoryCountersEx, Windows
 
 CONTENT = bytes(range(256)) * 40
@@ -128,3 +129,4 @@ def test_counters(windows: Windows) -> None:
     assert windows.memory_counters() == (50, 80, 30, 20)
     assert (windows.rss_bytes(), windows.peak_rss_bytes(), windows.reset_peak()) == (50, 80, False)
     assert (windows.available_bytes(), windows.total_bytes(), windows.cores()) == (3000, 8000, 4)
+    assert windows.pressure() == Pressure(8000, 3000)

@@ -11,7 +11,7 @@ from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.model import TensorInfo
 from edgelm.memory.buffer import PAGE
 from edgelm.memory.stores import span
-from edgelm.memory.units import Unit, constants, make_unit, make_units, merge, part_of, smallest_slot
+from edgelm.memory.units import MAX_UNITS, Unit, constants, make_unit, make_units, merge, part_of, smallest_slot
 
 TYPES = (TensorType.F32, TensorType.F16, TensorType.Q4_0, TensorType.Q8_0, TensorType.Q6_K)
 
@@ -120,3 +120,10 @@ def test_constants_are_the_vectors_only() -> None:
     unit = constants(infos, infos)
     assert [part.tensor for part in unit.parts] == ["norm", "bias"]
     check_layout(unit)
+
+
+def test_a_large_model_is_not_cut_into_crumbs() -> None:
+    """Rows are small, and thousands of units would take more memory than the slots that they spare."""
+    infos = [TensorInfo(f"m{i}", TensorType.F32, (64, 300_000), 0, i * 76_800_000, 76_800_000) for i in range(10)]
+    units = make_units(infos, smallest_slot(infos))
+    assert 900 < len(units) <= MAX_UNITS + 2 * len(infos)

@@ -7,7 +7,24 @@ arguments so that tests can put doubles in their place.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Pressure:
+    """How short memory is at one moment. What a system does not tell is 0.
+
+    `stalled` is the share of the last ten seconds in which some task waited for memory. `limit_hits` counts how often
+    a limit of this process' control groups was met: what matters is whether it grows. `level` is the system's own
+    verdict: 0 calm, 1 short, 2 critical.
+    """
+
+    total_bytes: int
+    available_bytes: int
+    stalled: float = 0.0
+    limit_hits: int = 0
+    level: int = 0
 
 
 class Platform(Protocol):
@@ -74,6 +91,10 @@ class Platform(Protocol):
 
     def total_bytes(self) -> int:
         """Return the memory of the device, or of the container where that is less."""
+        ...
+
+    def pressure(self) -> Pressure:
+        """Return how short memory is now. Cheap enough to be asked several times a second."""
         ...
 
     def cores(self) -> int:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from edgelm.memory.platform.base import PosixFiles
+from edgelm.memory.platform.base import PosixFiles, Pressure
 
 _F_NOCACHE = 48  # sys/fcntl.h; the name exists in Python on macOS only
 _RUSAGE_INFO_V4 = 4  # sys/resource.h
@@ -112,6 +112,11 @@ class MacOS(PosixFiles):
 
     def total_bytes(self) -> int:
         return self._sysctl(b"hw.memsize")
+
+    def pressure(self) -> Pressure:
+        # DISPATCH_MEMORYPRESSURE_NORMAL, WARN and CRITICAL are 1, 2 and 4
+        level = {1: 0, 2: 1, 4: 2}.get(self._sysctl(b"kern.memorystatus_vm_pressure_level"), 0)
+        return Pressure(self.total_bytes(), self.available_bytes(), level=level)
 
     def cores(self) -> int:
         return max(self._sysctl(b"hw.physicalcpu"), 1)

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from edgelm.memory.platform.base import Pressure
+
 _GENERIC_READ = 0x80000000
 _SHARE_ALL = 0x1 | 0x2 | 0x4  # others may read, write and delete, as on POSIX
 _OPEN_EXISTING = 3
@@ -187,6 +189,10 @@ class Windows:
 
     def total_bytes(self) -> int:
         return int(self._memory_status().ullTotalPhys)
+
+    def pressure(self) -> Pressure:
+        status = self._memory_status()
+        return Pressure(int(status.ullTotalPhys), int(status.ullAvailPhys))
 
     def _memory_status(self) -> MemoryStatusEx:
         status = MemoryStatusEx()
