@@ -32,6 +32,8 @@ from edgelm.memory.timeline import Times
 from edgelm.memory.units import part_of
 from edgelm.memory.window import N_READERS, Window
 
+FLASH_BOUND = 3.0
+"""How much longer than computing reading must take for a pass to be one that only waits for flash."""
 MAX_SHAPES = 3
 """Compiled shapes kept: the decode pass, the prompt chunk, and the rest of a prompt."""
 
@@ -114,10 +116,14 @@ class Engine:
             raise
 
     def _open_window(self, plan: Plan) -> Window:
-        """Return a window that reads as the flash likes it, with half of the slots left for what is read."""
-        if self.pattern is None or not plan.streamed:
+        """Return a window that reads in the blocks that the flash likes.
+
+        Where flash is by far the slower, every free slot is being read; else more readers would only disturb computing.
+        """
+        if self.pattern is None or plan.rates is None or not plan.streamed:
             return Window(self.store, plan, self.times)
-        n_readers = max(N_READERS, min(self.pattern.n_parallel, plan.n_slots // 2))
+        read_s = plan.streamed_bytes / plan.rates.flash_bytes_per_s
+        n_readers = plan.n_slots if read_s > FLASH_BOUND * plan.rates.compute_s(plan.pass_bytes) else N_READERS
         return Window(self.store, plan, self.times, block_bytes=self.pattern.block_bytes, n_readers=n_readers)
 
     def _prepare(self, plan: Plan) -> None:
