@@ -25,7 +25,9 @@ JOB_PROMPT, JOB_ANSWER = 256, 128
 memory is taken from the weights that stay."""
 RESIDENT_CHUNK = 16
 """Keeping everything is not worth prompt passes narrower than this."""
-MIN_SLOT_BYTES, MAX_SLOT_BYTES = 1 * MB, 8 * MB
+MIN_SLOT_BYTES, MAX_SLOT_BYTES = 1 * MB, 2 * MB
+"""Four slots of 2 MB keep a flash busy; larger ones would only take memory from the weights that stay."""
+RESIDENT_UNIT_BYTES = 8 * MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,7 @@ def make_plan(
     most `CHUNK_SHARE` of what is not fixed. `streams=False`: all or nothing. Raises `BudgetTooSmall` with the smallest
     budget that works.
     """
-    whole, head = make_units(matrices, MAX_SLOT_BYTES), matrices[-1].name
+    whole, head = make_units(matrices, RESIDENT_UNIT_BYTES), matrices[-1].name
     all_bytes = sum(unit.span_bytes for unit in whole)
     slot = smallest_slot(matrices)
     by_streaming = streams and 2 * slot < all_bytes
