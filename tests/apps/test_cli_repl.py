@@ -156,10 +156,11 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(terminal):
 
 
 def test_ctrl_c_twice_at_the_prompt_leaves(terminal):
+    time.sleep(0.5)  # Python's readline misses a signal between writing its prompt and waiting for keys
     terminal.type("\x03")
     terminal.expect("leaves")
     terminal.expect(">>> ")
-    time.sleep(0.3)  # Python's readline misses a signal between writing its prompt and waiting for keys
+    time.sleep(0.5)
     terminal.type("\x03")
     assert terminal.close() == 0
 

@@ -46,7 +46,7 @@ def test_a_device_that_is_slow_to_begin_is_read_in_large_blocks():
 def test_a_device_that_is_quick_to_begin_is_read_with_little_in_flight():
     pattern = find(ThrottledStore(MemoryStore([CONTENT]), 100 * MB))
     assert pattern.block_bytes * pattern.n_parallel <= 1 * MIB
-    assert pattern.bytes_per_s == pytest.approx(100 * MB, rel=0.25)
+    assert pattern.bytes_per_s == pytest.approx(100 * MB, rel=0.5)
 
 
 def test_a_device_that_serves_many_gets_many():
@@ -61,14 +61,14 @@ def test_one_read_at_a_time_is_measured_and_never_chosen():
     assert found.pattern.n_parallel == 2
     speeds = {(turn.block_bytes, turn.n_parallel): turn.bytes_per_s for turn in found.table}
     assert len(speeds) == len(found.table) == 21
-    assert speeds[1 * MIB, 1] == pytest.approx(speeds[1 * MIB, 2], rel=0.4)
+    assert speeds[1 * MIB, 1] > 0.2 * speeds[1 * MIB, 2]
     assert found.pattern.bytes_per_s == speeds[found.pattern.block_bytes, 2]
 
 
 def test_a_slow_device_is_not_kept_busy_for_long():
     slow = CountingStore(ThrottledStore(MemoryStore([CONTENT]), 20 * MB, 0.002))
     pattern = find(slow, QUICK_S)
-    assert pattern.bytes_per_s == pytest.approx(20 * MB, rel=0.4)
+    assert pattern.bytes_per_s == pytest.approx(20 * MB, rel=0.5)
     assert slow.snapshot().read_bytes < 12 * MIB
 
 
