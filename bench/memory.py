@@ -175,11 +175,12 @@ class Proofs:
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
             assert child.stdout is not None
-            first = os.read(child.stdout.fileno(), 1)
-            before = group.sample()
-            rest, _ = child.communicate()
-            after = group.sample()
-            text = (first + rest).decode("utf-8", "replace")
+            content = os.read(child.stdout.fileno(), 1)
+            before = after = group.sample()
+            while piece := os.read(child.stdout.fileno(), 4096):
+                content, after = content + piece, group.sample()  # until the last token: leaving Python is not decoding
+            child.communicate()
+            text = content.decode("utf-8", "replace")
             refaults, faults = after.refaults - before.refaults, after.major_faults - before.major_faults
             return {
                 "(c) limit hits": group.limit_hits,
