@@ -32,6 +32,7 @@ from edgelm.memory.timeline import Times
 from edgelm.memory.units import part_of
 from edgelm.memory.window import N_READERS, Window
 
+BLOCK_TOKENS, NARROW_TOKENS = 512, 8
 FLASH_BOUND = 3.0
 """How much longer than computing reading must take for a pass to be one that only waits for flash."""
 MAX_SHAPES = 3
@@ -40,6 +41,25 @@ MAX_SHAPES = 3
 
 if TYPE_CHECKING:
     from edgelm.memory.flash import ReadPattern
+
+
+def first_width(n: int, done: int, chunk: int, n_outputs: int = 1) -> int:
+    """Return how many tokens the next pass of a prompt of `n` takes when `done` of them are done.
+
+    Kernels add up in another order for one row, and on some processors for three to seven, than for eight and more. So
+    that a budget changes no bit, prompts are cut in blocks of 512 first, as llama.cpp cuts them, and inside a block no
+    pass is narrower than eight tokens (of a chunk of at least 16). Rows whose logits are wanted share the last pass.
+    """
+    end = min(done // BLOCK_TOKENS * BLOCK_TOKENS + BLOCK_TOKENS, n)
+    if n - end == 1:  # the last two tokens share a pass
+        end = end - 1 if done < end - 1 else n
+    rest = end - done
+    width = min(rest, chunk)
+    if chunk < rest < min(chunk + NARROW_TOKENS, 2 * chunk):
+        width = -(-rest // 2)
+    if 0 < n - done - width < n_outputs:
+        return n - done if n - done <= chunk else n - done - n_outputs
+    return width
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +205,7 @@ class Engine:
         if not 0 <= min(ids) <= max(ids) < n_known:
             raise ConfigError(f"token ids must be in 0…{n_known - 1}, got {min(ids)}…{max(ids)}; use its tokenizer")
         done = 0
-        while len(ids) - done > self.plan.chunk:
-            # the rows whose logits are wanted must share the last pass
-            n_tokens = min(self.plan.chunk, len(ids) - n_outputs - done)
-            if len(ids) - done - n_tokens == 1 and n_tokens > 2:
-                n_tokens -= 1  # kernels for one row add up in another order than those for several
+        while (n_tokens := first_width(len(ids), done, self.plan.chunk, n_outputs)) < len(ids) - done:
             self._pass(ids[done : done + n_tokens], 1, final=False)
             done += n_tokens
             if progress is not None:

@@ -10,7 +10,7 @@ import pytest
 from engines import BACKENDS, CHUNK, budgets, engine_at, need, shrink
 from numpy.typing import NDArray
 
-from edgelm.engine.forward import Engine
+from edgelm.engine.forward import Engine, first_width
 from edgelm.errors import Cancelled, ConfigError, ContextOverflow
 from edgelm.memory.stores import MemoryStore, Store
 from edgelm.sizes import GB
@@ -170,6 +170,29 @@ def test_rolled_back_tokens_leave_no_trace(models: dict[str, Path]) -> None:
             assert engine.arena.truncate(N_PROMPT) == N_PROMPT
             rows = [engine.forward([token])[-1].copy() for token in IDS[N_PROMPT:]]
             assert np.array_equal(np.stack(rows), expected[1:])
+
+
+def widths(n: int, chunk: int, n_outputs: int = 1) -> list[int]:
+    found: list[int] = []
+    while (done := sum(found)) < n:
+        found.append(first_width(n, done, chunk, n_outputs))
+    return found
+
+
+@pytest.mark.parametrize("chunk", [16, 32, 64, 128, 256, 512])
+def test_no_pass_is_so_narrow_that_bits_would_change(chunk: int) -> None:
+    for n in range(1, 1200):
+        found = widths(n, chunk)
+        assert sum(found) == n
+        assert max(found) <= chunk
+        assert all(width >= 8 for width in found[:-1])
+        # what is left over of whole blocks is computed as llama.cpp does it
+        assert found[-1] >= 8 or n % 512 == found[-1] or n < 8 or found[-1] == 2
+        assert found[-1] > 1 or n == 1
+        if n >= 16:
+            assert widths(n, chunk, 16)[-1] >= 16
+    assert widths(19, 16) == [10, 9]
+    assert widths(517, 512) == [512, 5]
 
 
 def test_progress_tells_the_tokens_done(models: dict[str, Path]) -> None:
