@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from edgelm.engine.ir import Segment
 from edgelm.files.ggml_types import TensorType
+from edgelm.files.model import TensorInfo
 
 
 class Availability(NamedTuple):
@@ -20,11 +21,50 @@ class Availability(NamedTuple):
     version: str = ""
 
 
+class CacheLayout(NamedTuple):
+    """How a backend wants keys and values to lie. Keys are always [head, place, dimension].
+
+    `item`: "f16" or "f32". `values`: "dim_place" is [head, dimension, place], "place_dim" as the keys. Without `rings`
+    layers with a window have a place for every position, too.
+    """
+
+    item: str = "f16"
+    values: str = "dim_place"
+    rings: bool = True
+
+
 class Capabilities(NamedTuple):
     """What a backend can do: the tensor types of its matrices, and whether weights may move between passes."""
 
     types: frozenset[TensorType]
     streams: bool = True
+    cache: CacheLayout = CacheLayout()
+
+
+class Packed(NamedTuple):
+    """How a matrix lies in a backend's own layout: tiles of `row_step` rows, `row_bytes` for each row of a tile.
+
+    `error` says what the conversion loses, in a sentence; it is empty for an exact one.
+    """
+
+    row_bytes: int
+    row_step: int
+    error: str = ""
+
+
+class WeightLayout(Protocol):
+    """A layout of weights on flash that a backend computes on without further work.
+
+    `key` changes whenever the bytes would: with the library, the processor, the layout itself.
+    """
+
+    key: str
+
+    def packed(self, info: TensorInfo) -> Packed | None:
+        """Return how this matrix is packed, or None if it stays as it is in the file."""
+
+    def pack(self, info: TensorInfo, first_row: int, rows: memoryview, out: memoryview) -> None:
+        """Convert one tile: `rows` are its rows as in the file, `out` has `Packed.row_bytes` for each of them."""
 
 
 class CacheGroup(NamedTuple):

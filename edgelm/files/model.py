@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgelm.files.ggml_types import TensorType, row_bytes
@@ -32,6 +33,8 @@ class TensorInfo(NamedTuple):
     n_bytes: int
     row_step: int = ROW_STEP
     """Rows between two places where the tensor may be cut: of a pack, those that one checksum covers."""
+    packed_row_bytes: int = 0
+    """Bytes of a row in the layout of a backend, whatever `type` says of the numbers; 0: as ggml lays them out."""
 
     @property
     def n_rows(self) -> int:
@@ -41,7 +44,7 @@ class TensorInfo(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return row_bytes(self.type, self.shape[0])
+        return self.packed_row_bytes or row_bytes(self.type, self.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,8 @@ class ModelFile:
     fingerprint: str
     pack: Pack | None = None
     """What edgelm has appended, if the file was opened as a pack: `edgelm.files.index.open_indexed`."""
+    gathered: Mapping[str, TensorInfo] = MappingProxyType({})
+    """Where the rows of an embedding are, if the matrix of the same name lies in the layout of a backend."""
 
     @property
     def total_tensor_bytes(self) -> int:
