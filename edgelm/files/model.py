@@ -6,9 +6,8 @@ Knows no file format, so that a model known from before is opened without the co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgelm.files.ggml_types import TensorType, row_bytes
@@ -65,7 +64,7 @@ class ModelFile:
     fingerprint: str
     pack: Pack | None = None
     """What edgelm has appended, if the file was opened as a pack: `edgelm.files.index.open_indexed`."""
-    gathered: Mapping[str, TensorInfo] = MappingProxyType({})
+    gathered: Mapping[str, TensorInfo] = field(default_factory=dict)
     """Where the rows of an embedding are, if the matrix of the same name lies in the layout of a backend."""
 
     @property
