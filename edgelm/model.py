@@ -185,7 +185,7 @@ class Model:
         except Cancelled:
             reason = turn.stopped or "cancelled"
         rest = matcher.feed(decoder.flush()) + matcher.flush()
-        yield Chunk(rest, None, reason, clock.usage())
+        yield Chunk(rest, None, reason, clock.usage(final=True))
 
     async def astream(self, prompt: str, **options: Unpack[Options]) -> AsyncGenerator[Chunk, None]:
         """Like `stream`, for asyncio: computes in a thread; leaving the loop or cancelling the task stops it."""

@@ -61,6 +61,10 @@ class Chunk:
     usage: Usage
 
 
+SAMPLE_S = 0.02
+"""How old the memory counters of a chunk may be: to read them takes the system longer than to sample a token."""
+
+
 class Clock:
     """Takes the times of one generation."""
 
@@ -71,6 +75,8 @@ class Clock:
         self._prefill_began = self._began
         self._prefill_s = self._first = self._last = 0.0
         self._streamed, self._before_s = engine.window.bytes_streamed, engine.times.sums_s()
+        self._memory, self._sampled = meter.sample(), self._began
+        self._plan, self._predicted_tps = engine.plan, engine.plan.predicted_decode_tps
 
     def started(self) -> None:
         """The queue is over: prefill begins."""
@@ -89,8 +95,14 @@ class Clock:
         self._tokens += 1
         self._engine.times.add("token", self._tokens, self._last)
 
-    def usage(self) -> Usage:
-        memory, window, plan = self._meter.sample(), self._engine.window, self._engine.plan
+    def usage(self, final: bool = False) -> Usage:
+        """Return the statistics of this moment; all are fresh if it is the `final` one."""
+        window, plan, now = self._engine.window, self._engine.plan, time.perf_counter()
+        if final or now - self._sampled > SAMPLE_S:
+            self._memory, self._sampled = self._meter.sample(), now
+        if plan is not self._plan:
+            self._plan, self._predicted_tps = plan, plan.predicted_decode_tps
+        memory = self._memory
         decode_s = self._last - self._first
         sums_s = self._engine.times.sums_s()
         return Usage(
@@ -109,7 +121,7 @@ class Clock:
             sample_s=sums_s["sample"] - self._before_s["sample"],
             read_s=sums_s["read"] - self._before_s["read"],
             budget_bytes=plan.budget_bytes,
-            predicted_decode_tps=plan.predicted_decode_tps,
+            predicted_decode_tps=self._predicted_tps,
             backend=self._backend,
             simulated=plan.simulated,
         )

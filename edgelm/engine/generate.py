@@ -58,7 +58,8 @@ class Conversation:
         finally:
             # a pass that was broken off may have cost older positions of a sliding window: then nothing is kept
             stored = self.engine.n_past
-            self._stored = [*self._stored, *ids][:stored] if stored >= done else self._stored[:stored]
+            self._stored.extend(ids[: max(stored - done, 0)])
+            del self._stored[stored:]
 
 
 def token_ids(
