@@ -22,6 +22,7 @@ from edgelm.errors import (
     EdgeLMError,
     ModelFileError,
     ModelNotFound,
+    PreparationError,
     TemplateError,
     UnknownBackend,
     UnsupportedModel,
@@ -62,6 +63,7 @@ __all__ = [
     "PackError",
     "Packed",
     "Plan",
+    "PreparationError",
     "TemplateError",
     "Timeline",
     "UnknownBackend",
@@ -107,6 +109,7 @@ def load(
     simulate: str | None = None,
     adaptive: bool | Callable[[str], None] = False,
     progress: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Model:
     """Load a GGUF file inside a memory budget.
 
@@ -115,18 +118,26 @@ def load(
     together; without it as much as the model was made for, up to 4096, fewer if the budget asks for it.
     `threads` defaults to the physical cores that this process may use. An `adaptive` model gives memory back while the
     device is short of it, and takes it again up to the budget; a function hears a sentence for each change, from
-    another thread. `progress(done, total)` hears of loading.
+    another thread. `progress(done, total)` hears of loading, `notice` a sentence on work that is done once: some
+    backends prepare a model before its first start, which is kept in the cache folder.
     `simulate` names one of `devices()`: reading weights is slowed down to that device's flash, and its budget and
     threads stand in for those not given; the processor stays this machine's own.
 
     Raises `BudgetTooSmall` with the smallest budget that works, `ModelFileError`, `UnsupportedModel`,
-    `BackendUnavailable` or `ConfigError`.
+    `BackendUnavailable`, `PreparationError` or `ConfigError`.
     """
     from edgelm.model import Model
     from edgelm.opening import open_engine
 
     opened = open_engine(
-        path, memory=memory, backend=backend, threads=threads, context=context, simulate=simulate, progress=progress
+        path,
+        memory=memory,
+        backend=backend,
+        threads=threads,
+        context=context,
+        simulate=simulate,
+        progress=progress,
+        notice=notice,
     )
     return Model(opened, adaptive)
 

@@ -85,6 +85,12 @@ class UnknownBackend(BackendUnavailable):
         super().__init__(name, "no backend has this name", f"available: {names}")
 
 
+class PreparationError(EdgeLMError):
+    """The weights of a model could not be prepared for a backend; nothing is left of the attempt."""
+
+    exit_code = 10
+
+
 class ContextOverflow(EdgeLMError):
     """The prompt and the answer do not fit into the context."""
 

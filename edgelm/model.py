@@ -230,7 +230,7 @@ class Model:
 
     def _go_over(self, budget_bytes: int) -> Plan:
         if self._engine.pattern is None:
-            self._prepared = with_flash(self._prepared, self._engine, self._file)
+            self._prepared = with_flash(self._prepared, self._engine)
         plan = replan(self._prepared, self._engine, budget_bytes)
         self._engine.carry_out(plan)
         trim()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from edgelm.engine.backend import Backend, Session
+from edgelm.engine.backend import Backend, Session, layout_of
 from edgelm.engine.calibration import measured_rates
 from edgelm.engine.demand import CHUNKS, RESERVE_BYTES
 from edgelm.engine.forward import Engine
@@ -46,7 +46,7 @@ SPARE_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A loaded model and what was decided: `notes` are sentences for the user."""
+    """A loaded model and what was decided: `notes` are sentences for the user, `file` is the model's own."""
 
     file: ModelFile
     tokenizer: Tokenizer
@@ -54,6 +54,14 @@ class Opened:
     prepared: Prepared
     backend: str
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Making:
+    """Who hears of the work if a model has to be prepared for the backend."""
+
+    progress: Callable[[int, int], None] | None
+    notice: Callable[[str], None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +87,16 @@ def open_engine(
     max_outputs: int = 1,
     simulate: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Opened:
     """Load a model inside a budget; see `edgelm.load`."""
-    ready = _get_ready(path, memory, backend, threads, context, max_outputs, simulate)
+    making = _Making(progress, notice)
+    ready = _get_ready(path, memory, backend, threads, context, max_outputs, simulate, making)
     try:
-        loader = open_loader([str(part) for part in ready.file.paths], ready.store)
-        checked = verified(ready.store, ready.file)
-        engine = build(ready.prepared, checked, verified(loader, ready.file, again=ready.store), progress)
+        file = ready.prepared.file
+        loader = open_loader([str(part) for part in file.paths], ready.store)
+        checked = verified(ready.store, file)
+        engine = build(ready.prepared, checked, verified(loader, file, again=ready.store), progress)
         if loader is not ready.store:
             loader.close()
     except BaseException:
@@ -121,40 +132,67 @@ def _get_ready(
     context: int | None,
     max_outputs: int,
     simulate: str | None,
+    making: _Making | None = None,
 ) -> _Ready:
+    """Decide everything. Without `making` nothing is written: the plan is that of a model that would be prepared."""
     device = get_device(simulate) if simulate is not None else None
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, got {threads}")
     platform = current_platform()
     n_threads = threads or (min(platform.cores(), device.n_threads) if device else platform.cores())
     tune_allocator()
-    file = open_indexed(path)
-    chosen, notes = choose(file, backend)  # a trial run in a child, if any, comes before this process grows
-    tokenizer = load_tokenizer(file)
+    source = open_indexed(path)
+    chosen, notes = choose(source, backend)  # a trial run in a child, if any, comes before this process grows
+    tokenizer = load_tokenizer(source)
     budget_bytes, note = _budget(memory, device)
-    store, _ = open_store([str(part) for part in file.paths])
-    if device:
-        store = ThrottledStore(store, device.flash_bytes_per_s, device.latency_s)
-    session: Session | None = None
+    request = Request(budget_bytes, context, n_threads, max_outputs)
+    session = chosen.open(n_threads)
+    store: Store | None = None
     try:
-        session = chosen.open(n_threads)
+        file, readable, told = _in_layout(source, chosen, session, request, making)
+        store, _ = open_store([str(part) for part in readable.paths])
+        if device:
+            store = ThrottledStore(store, device.flash_bytes_per_s, device.latency_s)
         room = min(max(budget_bytes - platform.rss_bytes() - SPARE_BYTES, 0), MEASURING_BYTES)
-        pattern = _pattern(store, file, room, device) if device or _may_stream(file, budget_bytes) else None
+        pattern = _pattern(store, readable, room, device) if device or _may_stream(file, budget_bytes) else None
         flash_bytes_per_s = pattern.bytes_per_s if pattern else 0.0
-        rates = measured_rates(
-            chosen, session, file, n_threads, flash_bytes_per_s, limit_bytes=room, store=store if pattern else None
-        )
+        reads = (store, readable) if pattern else None
+        rates = measured_rates(chosen, session, file, n_threads, flash_bytes_per_s, limit_bytes=room, reads=reads)
         if device:
             rates = replace(rates, simulated=device.name)
         trim()
-        request = Request(budget_bytes, context, n_threads, max_outputs)
-        prepared = prepare(file, chosen, session, request, _process_bytes(file), rates, pattern)
+        prepared = prepare(file, chosen, session, request, _process_bytes(source), rates, pattern)
     except BaseException:
-        if session is not None:
-            session.close()
-        store.close()
+        session.close()
+        if store is not None:
+            store.close()
         raise
-    return _Ready(file, tokenizer, chosen, session, store, prepared, (*note, *notes))
+    return _Ready(source, tokenizer, chosen, session, store, prepared, (*note, *notes, *told))
+
+
+def _in_layout(
+    source: ModelFile, backend: Backend, session: Session, request: Request, making: _Making | None
+) -> tuple[ModelFile, ModelFile, tuple[str, ...]]:
+    """Return the model as the backend wants it, the model whose files can be read, and what the user should know.
+
+    Its matrices are put into the backend's layout if they never were; without `making` that is only reckoned.
+    """
+    layout = layout_of(backend)
+    if layout is None:
+        return source, source, ()
+    from edgelm.engine.preparing import look_up, prepare_file
+
+    found = look_up(source, layout)
+    if found.exists:
+        return found.file, found.file, found.errors
+    if making is None:
+        return found.file, source, found.errors
+    prepare(found.file, backend, session, request, _process_bytes(source), None)  # refuses before the work, not after
+    where = f"{human(found.file.file_bytes[0])} in {found.file.paths[0].parent}"
+    if making.notice is not None:
+        making.notice(f"preparing {source.paths[0].name} for the {backend.name} backend, once: {where}")
+    file = prepare_file(source, layout, backend.name, making.progress)
+    return file, file, (*found.errors, f"prepared for the {backend.name} backend: {where}")
 
 
 def _old_tables(file: ModelFile) -> tuple[str, ...]:
@@ -163,11 +201,11 @@ def _old_tables(file: ModelFile) -> tuple[str, ...]:
     return ("the tokenizer tables of this pack are of another edgelm; pack the model again for a faster start",)
 
 
-def with_flash(prepared: Prepared, engine: Engine, file: ModelFile) -> Prepared:
+def with_flash(prepared: Prepared, engine: Engine) -> Prepared:
     """Return what a model was prepared from with its flash measured, which a resident model has no use for."""
     if prepared.rates is None:
         return prepared
-    engine.pattern = _pattern(engine.store, file, RESERVE_BYTES)
+    engine.pattern = _pattern(engine.store, prepared.file, RESERVE_BYTES)
     rates = replace(prepared.rates, flash_bytes_per_s=engine.pattern.bytes_per_s)
     return replace(prepared, pattern=engine.pattern, rates=rates)
 
@@ -185,7 +223,7 @@ def _pattern(store: Store, file: ModelFile, limit_bytes: int, device: Device | N
 
 def _may_stream(file: ModelFile, budget_bytes: int) -> bool:
     """Say whether the flash's speed can matter: whether weights, with what comes with them, could miss the budget."""
-    return 2 * sum(file.file_bytes) > budget_bytes - current_platform().rss_bytes()
+    return 2 * file.total_tensor_bytes > budget_bytes - current_platform().rss_bytes()
 
 
 def _process_bytes(file: ModelFile) -> int:

@@ -11,7 +11,6 @@ import glob
 import json
 import os
 import re
-import shutil
 import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from edgelm.files import pack as form
 from edgelm.files.gguf import fingerprint_of, open_model, read_part
 from edgelm.files.model import ModelFile, TensorInfo
 from edgelm.files.summary import summary_of
+from edgelm.files.writing import PARTIAL, free_bytes, whole_or_nothing
 from edgelm.hashing import blake2b
 from edgelm.memory.buffer import Buffer, align_up
 from edgelm.memory.stores import open_store, span
@@ -111,7 +111,7 @@ def pack(
     index = _index(source, layout, name)
     file_bytes = layout.file_bytes(len(index))
     try:
-        with _whole_or_nothing(target, file_bytes) as file:
+        with _with_room(target, file_bytes) as file:
             _write(file, source, layout, index, progress)
     except OSError as error:
         raise PackError(f"{target}: the pack cannot be written ({error.strerror or error}); {_hint(error)}") from error
@@ -261,8 +261,8 @@ def _pad(file: BinaryIO, to: int) -> None:
 
 
 @contextlib.contextmanager
-def _whole_or_nothing(target: Path, file_bytes: int) -> Iterator[BinaryIO]:
-    """Give a file to write that gets its name when it is complete and on the disk, or vanishes."""
+def _with_room(target: Path, file_bytes: int) -> Iterator[BinaryIO]:
+    """Give a file to write that gets its name when it is complete. Raises `PackError` where the disk is full."""
     _remove_leftovers(target)
     free = free_bytes(target.absolute().parent)
     if free < file_bytes:
@@ -270,47 +270,18 @@ def _whole_or_nothing(target: Path, file_bytes: int) -> Iterator[BinaryIO]:
             f"{target}: the pack needs {human(file_bytes)} and {human(free)} are free there; make room, "
             "or name an output on another disk"
         )
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise
-    _sync_folder(target.absolute().parent)
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the room that this user has left on the disk of a folder."""
-    return shutil.disk_usage(folder).free
+    with whole_or_nothing(target) as file:
+        yield file
 
 
 def _remove_leftovers(target: Path) -> None:
     """Remove what packing to this name left when it was killed."""
     import psutil
 
-    for path in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):
-        pid = path.name.removesuffix(".partial").rpartition(".")[2]
+    for path in target.parent.glob(f"{glob.escape(target.name)}.*{PARTIAL}"):
+        pid = path.name.removesuffix(PARTIAL).rpartition(".")[2]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
             path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the new name on the disk, where folders can be synced."""
-    if os.name != "posix":
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that syncs no folders
-            raise
-    finally:
-        os.close(fd)
 
 
 def _hint(error: OSError) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from edgelm.engine.ir import Segment
+from edgelm.engine.ir import Segment, Weight
 from edgelm.files.ggml_types import TensorType
 from edgelm.files.model import TensorInfo
+from edgelm.memory.arena import CacheLayout as CacheLayout
 
 
 class Availability(NamedTuple):
@@ -19,18 +20,6 @@ class Availability(NamedTuple):
     available: bool
     reason: str = ""
     version: str = ""
-
-
-class CacheLayout(NamedTuple):
-    """How a backend wants keys and values to lie. Keys are always [head, place, dimension].
-
-    `item`: "f16" or "f32". `values`: "dim_place" is [head, dimension, place], "place_dim" as the keys. Without `rings`
-    layers with a window have a place for every position, too.
-    """
-
-    item: str = "f16"
-    values: str = "dim_place"
-    rings: bool = True
 
 
 class Capabilities(NamedTuple):
@@ -53,25 +42,34 @@ class Packed(NamedTuple):
 
 
 class WeightLayout(Protocol):
-    """A layout of weights on flash that a backend computes on without further work.
+    """A layout of matrices that a backend computes on without further work; they are converted once and kept on flash.
 
-    `key` changes whenever the bytes would: with the library, the processor, the layout itself.
+    The matrices of a segment (the first weight of every `linear`) then come in this layout if `packed` says so for
+    their type and shape; a cut has whole tiles but for the last. Vectors and gathered rows stay as in the file.
     """
 
-    key: str
+    @property
+    def key(self) -> str:
+        """Changes whenever the bytes would: with the library, the processor, the layout itself."""
 
     def packed(self, info: TensorInfo) -> Packed | None:
-        """Return how this matrix is packed, or None if it stays as it is in the file."""
+        """Return how this matrix is packed, or None if it stays as it is in the file.
+
+        Depends on type and shape alone: a program knows no more of a matrix. Cheap: asked for every matrix at a start.
+        """
 
     def pack(self, info: TensorInfo, first_row: int, rows: memoryview, out: memoryview) -> None:
-        """Convert one tile: `rows` are its rows as in the file, `out` has `Packed.row_bytes` for each of them."""
+        """Convert one tile: `rows` are its rows as in the file, `out` has `Packed.row_bytes` for each of them.
+
+        `out` is zero before. Depends on nothing but its arguments, and keeps neither view.
+        """
 
 
 class CacheGroup(NamedTuple):
     """The cache of layers that share a window: `capacity` places allocated, the first `length` of them in use.
 
-    Keys of a layer are float16 [head, place, dimension], values float16 [head, dimension, place], C order: with the
-    places innermost, the weighted sum over values is a matrix product without a copy.
+    Keys of a layer are [head, place, dimension], values [head, dimension, place], float16 in C order, unless the
+    backend's `CacheLayout` says otherwise.
     """
 
     capacity: int
@@ -94,8 +92,9 @@ class Bindings:
     """Addresses of everything a program reads and writes; valid during `run`.
 
     `inputs`, `outputs`: float32 [rows, width], one address for each of the segment's. `weights`: one for each of the
-    segment's, rows as in the file (an `embed` weight: the gathered rows, `n_tokens` of them). `keys`, `values`: one
-    for each layer of the segment. `positions`: int32 [n_tokens]. `out_rows`: int32 [n_outputs]. For each cache group
+    segment's, rows as in the file or in the backend's layout (an `embed` weight: the gathered rows, `n_tokens` of
+    them), or what `Adopting.adopt` returned. `keys`, `values`: one for each layer of the segment. `positions`: int32
+    [n_tokens]. `out_rows`: int32 [n_outputs]. For each cache group
     `places`: int64 [n_tokens], where the row's key and value go, and `masks`: float32 [n_tokens, length], 0 or -inf.
     """
 
@@ -138,6 +137,26 @@ class Session(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class Adopting(Protocol):
+    """A session that cannot compute on memory of others: it takes copies of the weights that stay.
+
+    The core loads them one at a time, lets them be adopted, and gives its own memory back; the plan counts the copy as
+    it would count the weight itself. Weights that are streamed come as addresses in every run, and what a session
+    needs to hold them is part of its `scratch_bytes`.
+    """
+
+    def adopt(self, weight: Weight, address: int, matrix: bool) -> int:
+        """Copy the weight at `address` and return a negative number that stands for it in `Bindings.weights`.
+
+        `matrix`: the first weight of a `linear`, in the backend's layout if it has one for it; else one row of numbers
+        as in the file. The bytes at `address` are gone afterwards.
+        """
+
+    def drop(self, handle: int) -> None:
+        """Give the memory of an adopted weight back at once. Programs that were bound to it are not run again."""
+
+
 class Backend(Protocol):
     """A way to compute. One small package each, registered under the entry point `edgelm.backends`."""
 
@@ -150,3 +169,16 @@ class Backend(Protocol):
 
     def open(self, n_threads: int) -> Session:
         """Load the library. Raises `BackendUnavailable`."""
+
+
+@runtime_checkable
+class HasLayout(Protocol):
+    """A backend that holds matrices in a layout of its own; others compute on the bytes of the file."""
+
+    def layout(self) -> WeightLayout | None:
+        """Return the layout, or None where this machine has none. Called while a session is open."""
+
+
+def layout_of(backend: Backend) -> WeightLayout | None:
+    """Return the layout that a backend wants its matrices in; None: as in the file."""
+    return backend.layout() if isinstance(backend, HasLayout) else None

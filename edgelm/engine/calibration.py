@@ -11,18 +11,31 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edgelm.cachedir import cache_dir, read_json, write_json
-from edgelm.engine.backend import Backend, Bindings, CacheGroup, PassShape, Program, Session
+from edgelm.engine.adopting import handed_over
+from edgelm.engine.backend import (
+    Adopting,
+    Backend,
+    Bindings,
+    CacheGroup,
+    CacheLayout,
+    PassShape,
+    Program,
+    Session,
+    WeightLayout,
+    layout_of,
+)
 from edgelm.engine.health import identity
 from edgelm.engine.ir import AttendSpec, NormSpec, Op, RopeSpec, Segment, Value, Weight
 from edgelm.engine.machine import digest, last_cache_bytes, machine_key
 from edgelm.files.ggml_types import TensorType, row_bytes
-from edgelm.files.model import ModelFile
+from edgelm.files.model import ModelFile, TensorInfo
 from edgelm.memory.buffer import PAGE, Buffer, align_up
 from edgelm.memory.predict import Rates
 from edgelm.memory.stores import Store
@@ -54,12 +67,12 @@ def measured_rates(
     flash_bytes_per_s: float,
     *,
     limit_bytes: int = LIMIT_BYTES,
-    store: Store | None = None,
+    reads: tuple[Store, ModelFile] | None = None,
 ) -> Rates:
     """Return what the device does with this model: kernels for its tensor types, and the cost of a pass.
 
-    The speed of its flash is taken over as given. With `store`, it is also measured how much reading from it holds
-    computing up.
+    The speed of its flash is taken over as given. With `reads`, a store and the model whose files it reads, it is also
+    measured how much reading holds computing up.
 
     Takes up to 0.3 s the first time on a machine, later a few milliseconds; at most `limit_bytes` of memory (no less
     than 5 MB), which is returned to the system. If the limit is 5 MiB above twice the processor's last cache (or
@@ -79,7 +92,7 @@ def measured_rates(
         wide_bytes_per_s=1 / wide_seconds_per_byte,
         pass_overhead_s=kernels.overhead_s() * n_matrices,
         token_overhead_s=kernels.overhead_s(WIDE) * n_matrices / WIDE,
-        read_cost_s_per_byte=kernels.read_cost_s_per_byte(store, file) if store else 0.0,
+        read_cost_s_per_byte=kernels.read_cost_s_per_byte(*reads) if reads else 0.0,
     )
 
 
@@ -88,8 +101,10 @@ class _Kernels:
 
     def __init__(self, backend: Backend, session: Session, n_threads: int, limit_bytes: int) -> None:
         wanted = min(2 * last_cache_bytes(), MAX_COMPUTE_BYTES)
-        self._session, self._n_bytes = session, max(min(wanted, limit_bytes - 5 * MIB), PIECE_BYTES)
-        places = [_place("kernels", backend.name, identity(backend), n_threads, how, machine_key()) for how in _HOW]
+        self._n_bytes = max(min(wanted, limit_bytes - 5 * MIB), PIECE_BYTES)
+        self._trial = _Trial(session, layout_of(backend), backend.capabilities().cache)
+        what = (backend.name, identity(backend), self._trial.key, n_threads)
+        places = [_place("kernels", *what, how, machine_key()) for how in _HOW]
         self._path = places[self._n_bytes < wanted]
         # what was measured with more room is better than what little room would tell
         self._known = _kept(places[1]) | _kept(places[0])
@@ -97,7 +112,7 @@ class _Kernels:
     def bytes_per_s(self, kind: TensorType, width: int, n_tokens: int = 1) -> float:
         """Bytes of weights times tokens a second."""
         name = f"{kind.name} {width}" + (f" x {n_tokens}" if n_tokens > 1 else "")
-        rate = self._get(name, lambda: _matrix_rate(self._session, kind, width, self._n_bytes, n_tokens))
+        rate = self._get(name, lambda: _matrix_rate(self._trial, kind, width, self._n_bytes, n_tokens))
         if n_tokens == 1 and name not in self._known:
             # short products suffer most from a busy machine; no kernel at hand does less than this for one row
             return max(rate, self.bytes_per_s(kind, width, WIDE) / LEAST_SHARE)
@@ -106,11 +121,11 @@ class _Kernels:
     def overhead_s(self, n_tokens: int = 1) -> float:
         """Seconds that a matrix costs beside its bytes: starting kernels, and the small operations around it."""
         name = "overhead_s" + (f" x {n_tokens}" if n_tokens > 1 else "")
-        return self._get(name, lambda: _block_s(self._session, n_tokens))
+        return self._get(name, lambda: _block_s(self._trial, n_tokens))
 
     def read_cost_s_per_byte(self, store: Store, file: ModelFile) -> float:
         """Seconds that every byte which is read meanwhile adds to computing: interrupts, readers, memory."""
-        return self._get("read_cost_s_per_byte", lambda: _read_cost_s_per_byte(self._session, store, file))
+        return self._get("read_cost_s_per_byte", lambda: _read_cost_s_per_byte(self._trial, store, file))
 
     def _get(self, name: str, measure: Callable[[], tuple[float, bool]]) -> float:
         if name in self._known:
@@ -122,31 +137,70 @@ class _Kernels:
         return value
 
 
-def _matrix_rate(session: Session, kind: TensorType, width: int, n_bytes: int, n_tokens: int) -> tuple[float, bool]:
+class _Trial:
+    """A session to be measured, and how its backend wants weights and caches."""
+
+    def __init__(self, session: Session, layout: WeightLayout | None, cache: CacheLayout) -> None:
+        self.session, self._layout, self.cache_item_bytes = session, layout, {"f16": 2, "f32": 4}[cache.item]
+        self.key = layout.key if layout is not None else ""
+
+    def matrix(self, weight: Weight, byte: int) -> bytes | bytearray:
+        """Return a matrix all of whose bytes in a file would be `byte`, as the session wants it."""
+        n_bytes = weight.rows * row_bytes(weight.type, weight.width)
+        info = TensorInfo("", weight.type, (weight.width, weight.rows), 0, 0, n_bytes)
+        if self._layout is None:
+            return bytes([byte]) * n_bytes
+        from edgelm.engine.preparing import packed_bytes
+
+        return packed_bytes(self._layout, info, bytes([byte]) * n_bytes)
+
+    @contextmanager
+    def bound(
+        self, segment: Segment, shape: PassShape, places: Sequence[Bindings]
+    ) -> Iterator[tuple[Program, list[Bindings]]]:
+        """Give a program and bindings for each of `places`, the weights handed over to the session."""
+        program = self.session.compile(segment, shape)
+        first = [op.kind == "linear" and i == 0 for op in segment.ops for i in range(len(op.weights))]
+        with ExitStack() as held:
+            bound = []
+            for place in places:
+                weights = list(zip(segment.weights, place.weights, first, strict=True))
+                bound.append(replace(place, weights=held.enter_context(handed_over(self.session, weights))))
+            yield program, bound
+
+
+def _matrix_rate(trial: _Trial, kind: TensorType, width: int, n_bytes: int, n_tokens: int) -> tuple[float, bool]:
     """Bytes times tokens a second of products with matrices of this type and width; `n_bytes` are visited in turn.
 
     Also says whether the measurements agree: on a busy machine threads wait for each other for whole time slices.
     Many short products rather than a few long ones, so that some of them are not interrupted.
     """
-    row = row_bytes(kind, width)
-    rows = max(PIECE_BYTES // row // 32 * 32, 32)
-    with Buffer(n_bytes, huge=True) as weights, Buffer((width + rows) * 4 * n_tokens) as state:
-        # every page written once: unwritten ones would all be the same page of zeros, and never leave the cache.
-        # Ones are small, ordinary numbers in every type: no NaN, and as float32 no denormals, which are slow.
-        ctypes.memset(weights.address, 1, n_bytes)
+    rows = max(PIECE_BYTES // row_bytes(kind, width) // 32 * 32, 32)
+    weight = Weight("", kind, width, rows)
+    # Ones are small, ordinary numbers in every type: no NaN, and as float32 no denormals, which are slow.
+    content = trial.matrix(weight, 1)
+    piece = align_up(len(content))
+    n_pieces = max(n_bytes // piece, 1)
+    apart = not isinstance(trial.session, Adopting)  # who copies may copy the same piece again
+    with (
+        Buffer(piece * n_pieces if apart else piece, huge=True) as weights,
+        Buffer((width + rows) * 4 * n_tokens) as state,
+    ):
+        # every page written once: unwritten ones would all be the same page of zeros, and never leave the cache
+        for at in range(0, weights.n_bytes, piece):
+            weights.view[at : at + len(content)] = content
         (ctypes.c_float * (width * n_tokens)).from_address(state.address)[:] = [1.0] * (width * n_tokens)
         x, y = state.address, state.address + width * n_tokens * 4
-        weight = Weight("", kind, width, rows)
         values = (Value(width, "token"), Value(rows, "token"))
         segment = Segment((Op("linear", (0,), 1, (weight,)),), values, (0,), (1,), (weight,), 0)
-        program = session.compile(segment, PassShape(n_tokens, 1, ()))
-        pieces = range(weights.address, weights.address + n_bytes - rows * row + 1, PIECE_BYTES)
-        seconds, steady = _usual_s(program, [Bindings((x,), (y,), (at,), (), (), 0, 0, (), ()) for at in pieces])
-        del program
-    return n_tokens * rows * row / seconds, steady
+        places = [weights.address + i * piece * apart for i in range(n_pieces)]
+        unbound = [Bindings((x,), (y,), (at,), (), (), 0, 0, (), ()) for at in places]
+        with trial.bound(segment, PassShape(n_tokens, 1, ()), unbound) as (program, bound):
+            seconds, steady = _usual_s(program, bound)
+    return n_tokens * len(content) / seconds, steady
 
 
-def _block_s(session: Session, n_tokens: int) -> tuple[float, bool]:
+def _block_s(trial: _Trial, n_tokens: int) -> tuple[float, bool]:
     """Seconds of a transformer block with matrices too small to count, for each of its seven matrices."""
     heads, head_dim, width, hidden, places = 8, 64, 32, 1024, 256
     wide = heads * head_dim
@@ -176,16 +230,23 @@ def _block_s(session: Session, n_tokens: int) -> tuple[float, bool]:
     weights = tuple(weight for op in ops for weight in op.weights)
     values = tuple(Value(n, "token") for n in widths)
     segment = Segment(tuple(ops), values, (0,), (x,), weights, _BLOCKS)
-    cache_bytes = wide * places * 2
+    matrices = {weight: trial.matrix(weight, 0) for weight in dict.fromkeys(weights) if weight.rows > 1}
+    cache_bytes = wide * places * trial.cache_item_bytes
     x_bytes, mask_bytes = align_up(n_tokens * width * 4), align_up(n_tokens * places * 4)
     small_bytes = 2 * x_bytes + PAGE + mask_bytes
-    with Buffer(small_bytes + 2 * cache_bytes + hidden * width * 2) as memory:
+    matrix_bytes = sum(align_up(len(content)) for content in matrices.values())
+    with Buffer(small_bytes + 2 * cache_bytes + matrix_bytes) as memory:
         small = memory.address  # zeros: input, output, positions and places, masks
-        keys, matrix = small + small_bytes, small + small_bytes + 2 * cache_bytes
-        bound = Bindings(
+        keys, at = small + small_bytes, small_bytes + 2 * cache_bytes
+        starts = {}
+        for weight, content in matrices.items():
+            memory.view[at : at + len(content)] = content
+            starts[weight] = memory.address + at
+            at += align_up(len(content))
+        unbound = Bindings(
             inputs=(small,),
             outputs=(small + x_bytes,),
-            weights=(matrix,) * len(weights),
+            weights=tuple(starts.get(weight, small) for weight in weights),
             keys=(keys,) * _BLOCKS,
             values=(keys + cache_bytes,) * _BLOCKS,
             positions=small + 2 * x_bytes,
@@ -193,20 +254,24 @@ def _block_s(session: Session, n_tokens: int) -> tuple[float, bool]:
             places=(small + 2 * x_bytes,),
             masks=(small + 2 * x_bytes + PAGE,),
         )
-        program = session.compile(segment, PassShape(n_tokens, 1, (CacheGroup(places, places),)))
-        seconds, steady = _usual_s(program, [bound])
-        del program
+        shape = PassShape(n_tokens, 1, (CacheGroup(places, places),))
+        with trial.bound(segment, shape, [unbound]) as (program, bound):
+            seconds, steady = _usual_s(program, bound)
     return seconds / (7 * _BLOCKS), steady
 
 
-def _read_cost_s_per_byte(session: Session, store: Store, file: ModelFile) -> tuple[float, bool]:
+def _read_cost_s_per_byte(trial: _Trial, store: Store, file: ModelFile) -> tuple[float, bool]:
     """Compute a wide product for a moment alone and for a moment beside two readers; also says whether that agreed."""
     width, rows, block = 1024, 512, 1 * MIB
-    number = max(range(len(file.file_bytes)), key=file.file_bytes.__getitem__)
+    number = file.main_part
     places = range(0, max(file.file_bytes[number] - block, 1), block)
     n_bytes = min(block, file.file_bytes[number])
     stop, n_read = threading.Event(), [0, 0]
-    with Buffer(width * rows * 2 + WIDE * (width + rows) * 4) as state, Buffer(4 * MIB, huge=True) as slots:
+    weight = Weight("", TensorType.F16, width, rows)
+    matrix = trial.matrix(weight, 0)
+    x_at = align_up(len(matrix))
+    with Buffer(x_at + WIDE * (width + rows) * 4) as state, Buffer(4 * MIB, huge=True) as slots:
+        state.view[: len(matrix)] = matrix
 
         def read(reader: int) -> None:
             for place in itertools.cycle(places[reader::2] or places):
@@ -215,25 +280,23 @@ def _read_cost_s_per_byte(session: Session, store: Store, file: ModelFile) -> tu
                 store.read_into(number, place, n_bytes, slots.view, reader * 2 * MIB)
                 n_read[reader] += n_bytes
 
-        weight = Weight("", TensorType.F16, width, rows)
         values = (Value(width, "token"), Value(rows, "token"))
         segment = Segment((Op("linear", (0,), 1, (weight,)),), values, (0,), (1,), (weight,), 0)
-        program = session.compile(segment, PassShape(WIDE, 1, ()))
-        x = state.address + width * rows * 2
-        bound = Bindings((x,), (x + WIDE * width * 4,), (state.address,), (), (), 0, 0, (), ())
-        alone, steady = _usual_s(program, [bound])
-        readers = [threading.Thread(target=read, args=(i,), daemon=True) for i in range(2)]
-        for reader in readers:
-            reader.start()
-        began, n_runs = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - began) < BUSY_S:
-            program.run(bound)
-            n_runs += 1
-        n_done = sum(n_read)
-        stop.set()
-        for reader in readers:
-            reader.join()
-        del program
+        x = state.address + x_at
+        unbound = Bindings((x,), (x + WIDE * width * 4,), (state.address,), (), (), 0, 0, (), ())
+        with trial.bound(segment, PassShape(WIDE, 1, ()), [unbound]) as (program, bound):
+            alone, steady = _usual_s(program, bound)
+            readers = [threading.Thread(target=read, args=(i,), daemon=True) for i in range(2)]
+            for reader in readers:
+                reader.start()
+            began, n_runs = time.perf_counter(), 0
+            while (elapsed := time.perf_counter() - began) < BUSY_S:
+                program.run(bound[0])
+                n_runs += 1
+            n_done = sum(n_read)
+            stop.set()
+            for reader in readers:
+                reader.join()
     return max(elapsed - n_runs * alone, 1e-9) / max(n_done, 1), steady and n_done > 0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
 
-from edgelm.engine.backend import CacheGroup, PassShape, Session
+from edgelm.engine.backend import CacheGroup, CacheLayout, PassShape, Session
 from edgelm.engine.ir import Trace, place
 from edgelm.engine.segments import cut
 from edgelm.engine.state import ALIGN, FLOAT_BYTES, Layout, workspace_bytes
@@ -31,31 +31,35 @@ SAMPLING_COPIES = 4
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A recorded model and its tensors: `matrices` in pass order, small vectors as the `constants` unit."""
+    """A recorded model and its tensors: `matrices` in pass order, small vectors as the `constants` unit.
+
+    `embedding` is what rows are looked up in; the matrix of the same name may lie elsewhere, in another layout.
+    """
 
     trace: Trace
     tensors: Mapping[str, TensorInfo]
     matrices: tuple[TensorInfo, ...]
     constants: Unit
     layers: tuple[LayerCache, ...]
-
-    @property
-    def embedding(self) -> TensorInfo:
-        return self.tensors[next(op.weights[0].tensor for op in self.trace.ops if op.kind == "embed")]
+    embedding: TensorInfo
 
     @property
     def n_vocab(self) -> int:
         return self.trace.values[self.trace.logits].width
 
 
-def describe(trace: Trace, tensors: Mapping[str, TensorInfo]) -> Model:
-    """Sort the weights of a recorded model by how they are kept."""
+def describe(
+    trace: Trace, tensors: Mapping[str, TensorInfo], gathered: Mapping[str, TensorInfo] | None = None
+) -> Model:
+    """Sort the weights of a recorded model by how they are kept. `gathered`: see `ModelFile`."""
     used = dict.fromkeys(weight.tensor for op in trace.ops if op.kind != "embed" for weight in op.weights)
     layers = tuple(
         LayerCache(spec.group, spec.window, spec.n_kv_heads, spec.head_dim_k, spec.head_dim_v) for spec in trace.attends
     )
     matrices = tuple(tensors[name] for name in used if tensors[name].n_rows > 1)
-    return Model(trace, tensors, matrices, constants(tensors, used), layers)
+    looked_up = next(op.weights[0].tensor for op in trace.ops if op.kind == "embed")
+    embedding = (gathered or {}).get(looked_up) or tensors[looked_up]
+    return Model(trace, tensors, matrices, constants(tensors, used), layers, embedding)
 
 
 class Demands(Sequence[Demand]):
@@ -68,9 +72,11 @@ class Demands(Sequence[Demand]):
         context: int,
         process_bytes: int,
         max_outputs: int,
+        cache: CacheLayout,
         kept: tuple[int, int] | None = None,
     ) -> None:
         """`kept`: the chunk that a cache which exists already was made for, and its bytes."""
+        self._cache = cache
         self._model, self._session, self._context = model, session, context
         self._process_bytes, self._max_outputs, self._kept = process_bytes, max_outputs, kept
         widest = min(context, kept[0]) if kept else context
@@ -103,7 +109,7 @@ class Demands(Sequence[Demand]):
         """Return the largest pass of this chunk: every cache in full view."""
         windows = {layer.group: layer.window for layer in self._model.layers}
         cached = self._kept[0] if self._kept else chunk
-        places = (capacity(windows[group], self._context, cached) for group in sorted(windows))
+        places = (capacity(windows[group], self._context, cached, self._cache) for group in sorted(windows))
         return PassShape(chunk, min(chunk, self._max_outputs), tuple(CacheGroup(n, n) for n in places))
 
     def measured(self, plan: Plan) -> Demand:
@@ -117,8 +123,8 @@ class Demands(Sequence[Demand]):
     def _demand(self, chunk: int, scratch_bytes: int, width: int) -> Demand:
         model = self._model
         windows = {layer.group: layer.window for layer in model.layers}
-        cached, kv_bytes = self._kept or (chunk, cache_bytes(model.layers, self._context, chunk))
-        places = {group: capacity(window, self._context, cached) for group, window in windows.items()}
+        cached, kv_bytes = self._kept or (chunk, cache_bytes(model.layers, self._context, chunk, self._cache))
+        places = {group: capacity(window, self._context, cached, self._cache) for group, window in windows.items()}
         state = workspace_bytes(width, chunk, self._max_outputs, model.n_vocab, model.embedding.row_bytes, places)
         return Demand(
             process_bytes=self._process_bytes,

@@ -9,14 +9,15 @@ import ctypes
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.engine.backend import Bindings, CacheGroup, PassShape, Program, Session
+from edgelm.engine.adopting import AdoptedWeights
+from edgelm.engine.backend import Adopting, Bindings, CacheGroup, PassShape, Program, Session
 from edgelm.engine.demand import Model
 from edgelm.engine.ir import Placed, Segment, Weight
 from edgelm.engine.pace import Pace
@@ -29,7 +30,7 @@ from edgelm.memory.pinned import PinnedWeights
 from edgelm.memory.plan import Plan
 from edgelm.memory.stores import Store
 from edgelm.memory.timeline import Times
-from edgelm.memory.units import part_of
+from edgelm.memory.units import Part, part_of
 from edgelm.memory.window import N_READERS, Window
 
 BLOCK_TOKENS, NARROW_TOKENS = 512, 8
@@ -101,6 +102,8 @@ class Engine:
         self._groups = tuple(sorted(arena.windows))
         self._embedding = model.embedding
         self.n_vocab = model.n_vocab
+        self._adopted = AdoptedWeights(session) if isinstance(session, Adopting) else None
+        self._weights: list[tuple[_Address | None, ...]] = []  # of each segment; known once weights are loaded
         self._steps: OrderedDict[PassShape, list[_Step]] = OrderedDict()
         self._stop = threading.Event()
         self._closed = False
@@ -117,8 +120,27 @@ class Engine:
     ) -> None:
         """Read what the plan pins, through `loader` (the engine's own store by default), and begin to stream."""
         parts = [part for i in sorted(self.plan.pinned) for part in self.plan.units[i].parts]
-        self._pinned.keep([*self._model.constants.parts, *parts], loader or self.store, N_READERS, progress, cancelled)
+        constants, store = self._model.constants.parts, loader or self.store
+        if self._adopted is None:
+            self._pinned.keep([*constants, *parts], store, N_READERS, progress, cancelled)
+        else:
+            vectors, matrices = self._to_adopt()
+            self._adopted.keep(vectors, matrices, constants, self._pinned, store, N_READERS, progress, cancelled)
+        self._weights = [self._locate(i, placed) for i, placed in enumerate(self._cut.segments)]
         self.window.start()
+
+    def _to_adopt(self) -> tuple[dict[Weight, int], dict[Weight, Part]]:
+        """Return the vectors of the model with their addresses, and the matrices that stay with their parts."""
+        vectors: dict[Weight, int] = {}
+        matrices: dict[Weight, Part] = {}
+        for run, placed in zip(self.window.runs, self._cut.segments, strict=True):
+            parts = {(part.tensor, part.first_row): part for part in run.unit.parts}
+            for weight in _computed_on(placed):
+                if self._tensors[weight.tensor].n_rows == 1:
+                    vectors[weight] = self._vector_address(weight)
+                elif run.pinned:
+                    matrices[weight] = parts[weight.tensor, weight.first_row]
+        return vectors, matrices
 
     def carry_out(self, plan: Plan) -> None:
         """Go over to another plan between two passes. What it does not pin is given back first; the cache stays."""
@@ -160,15 +182,14 @@ class Engine:
             row_bytes=self._embedding.row_bytes,
             places={group: arena.capacities[group] for group in self._groups},
         )
-        # rows of the embedding that are pinned as the head
+        # rows of the embedding that are pinned as the head, if that lies in the layout of the file
         self._table = [
             (part.first_row, part.first_row + part.rows)
             for run in self.window.runs
-            if run.pinned
+            if run.pinned and self._adopted is None
             for part in run.unit.parts
-            if part.tensor == self._embedding.name
+            if (part.tensor, part.file) == (self._embedding.name, self._embedding.file)
         ]
-        self._weights = [self._locate(i, placed) for i, placed in enumerate(self._cut.segments)]
         ids: dict[Segment, int] = {}  # equal segments share a program; hashing a whole model at every pass would not do
         self._segment_ids = [ids.setdefault(placed.segment, len(ids)) for placed in self._cut.segments]
         self.session.reserve(plan.demand.scratch_bytes)
@@ -299,9 +320,10 @@ class Engine:
 
         def find(weight: Weight) -> _Address:
             info = self._tensors[weight.tensor]
-            if info.n_rows == 1:  # of a bias, some columns may be meant
-                offset = info.offset + weight.first_row * info.row_bytes // info.shape[0]
-                return _Address(True, self._pinned.address(info.file, offset))
+            if self._adopted is not None and (pinned or info.n_rows == 1):
+                return _Address(True, self._adopted[weight])
+            if info.n_rows == 1:
+                return _Address(True, self._vector_address(weight))
             if pinned:
                 return _Address(True, self._pinned.address(info.file, info.offset + weight.first_row * info.row_bytes))
             at, first = starts[weight.tensor]
@@ -314,6 +336,11 @@ class Engine:
                 None if op.kind == "embed" else find(weight) for weight in (next(weights) for _ in op.weights)
             )
         return tuple(located)
+
+    def _vector_address(self, weight: Weight) -> int:
+        """Return where a vector lies while it is pinned; of a bias, some columns may be meant."""
+        info = self._tensors[weight.tensor]
+        return self._pinned.address(info.file, info.offset + weight.first_row * info.row_bytes // info.shape[0])
 
     def _gather(self, ids: Sequence[int]) -> None:
         """Fetch the embedding rows of `ids`: from pinned weights where the head shares them, else from flash."""
@@ -342,8 +369,19 @@ class Engine:
         self._closed = True
         self._steps.clear()
         self.window.close()
+        if self._adopted is not None:
+            self._adopted.close()
         self._pinned.close()
         self.arena.close()
         self.workspace.close()
         self.session.close()
         self.store.close()
+
+
+def _computed_on(placed: Placed) -> Iterator[Weight]:
+    """Yield the weights of a segment but for the rows that are gathered apart."""
+    weights = iter(placed.weights)
+    for op in placed.segment.ops:
+        for weight in (next(weights) for _ in op.weights):
+            if op.kind != "embed":
+                yield weight

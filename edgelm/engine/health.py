@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edgelm.cachedir import cache_dir, read_json, write_json
 from edgelm.engine.backend import Availability, Backend
-from edgelm.engine.machine import digest, machine_key
+from edgelm.engine.machine import digest, edgelm_version, machine_key
 from edgelm.engine.registry import backend_names, get_backend
 from edgelm.errors import BackendUnavailable, UnsupportedModel
 from edgelm.files.model import ModelFile
@@ -127,8 +127,7 @@ def _key(backend: Backend) -> str:
 
 def _version() -> str:
     """Return edgelm's version, and this file's facts: an editable install changes without changing the number."""
-    # not importlib.metadata: 10 ms; not `import edgelm`: the engine lies below it
-    return f"{getattr(sys.modules['edgelm'], '__version__', '')} {file_facts(Path(__file__))}"
+    return f"{edgelm_version()} {file_facts(Path(__file__))}"
 
 
 def _kept(path: Path) -> Availability | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from edgelm.engine.architecture import record
-from edgelm.engine.backend import Backend, Session
+from edgelm.engine.backend import Adopting, Backend, CacheLayout, Session
 from edgelm.engine.demand import Demands, Model, describe, with_room
 from edgelm.engine.forward import Engine
 from edgelm.engine.registry import get_architecture
@@ -16,10 +16,9 @@ from edgelm.files.meta import Meta
 from edgelm.files.model import ModelFile
 from edgelm.memory.arena import KVArena
 from edgelm.memory.pinned import PinnedWeights
-from edgelm.memory.plan import Demand, Plan, make_plan
+from edgelm.memory.plan import Demand, Plan, least_weights, make_plan
 from edgelm.memory.predict import Rates
 from edgelm.memory.stores import Store
-from edgelm.memory.units import smallest_slot
 
 if TYPE_CHECKING:
     from edgelm.memory.flash import ReadPattern
@@ -53,11 +52,12 @@ class Prepared:
     plan: Plan
     session: Session
     request: Request
-    file_bytes: tuple[int, ...]
+    file: ModelFile
     process_bytes: int
     rates: Rates | None
     pattern: ReadPattern | None
     streams: bool
+    cache: CacheLayout
 
 
 def prepare(
@@ -76,14 +76,15 @@ def prepare(
     """
     architecture = get_architecture(file.architecture)
     context = request.context or default_context(file)
-    streams = backend.capabilities().streams
+    can = backend.capabilities()
     while True:
-        model = describe(record(architecture, file, context), file.tensors)
+        model = describe(record(architecture, file, context), file.tensors, file.gathered)
         _check_types(model, backend)
-        demands = Demands(model, session, context, process_bytes, request.max_outputs)
+        demands = Demands(model, session, context, process_bytes, request.max_outputs, can.cache)
+        terms = _Terms(context, rates, can.streams, isinstance(session, Adopting))
         try:
-            plan = _settle(model, demands, request.budget_bytes, context, rates, streams)
-            return Prepared(model, plan, session, request, file.file_bytes, process_bytes, rates, pattern, streams)
+            plan = _settle(model, demands, request.budget_bytes, terms)
+            return Prepared(model, plan, session, request, file, process_bytes, rates, pattern, can.streams, can.cache)
         except BudgetTooSmall:
             if request.context is not None or context <= 512:
                 raise
@@ -99,10 +100,10 @@ def build(
 ) -> Engine:
     """Allocate what the plan says and read the pinned weights. The engine owns `store` and the session from here."""
     model, plan, request = prepared.model, prepared.plan, prepared.request
-    pinned = PinnedWeights(prepared.file_bytes)
+    pinned = PinnedWeights(prepared.file.file_bytes)
     arena: KVArena | None = None
     try:
-        arena = KVArena(model.layers, plan.context, plan.chunk)
+        arena = KVArena(model.layers, plan.context, plan.chunk, prepared.cache)
         session, n_threads = prepared.session, request.n_threads
         engine = Engine(model, plan, pinned, arena, store, session, n_threads, request.max_outputs, prepared.pattern)
         engine.load(loader, progress, cancelled)
@@ -126,57 +127,66 @@ def replan(prepared: Prepared, engine: Engine, budget_bytes: int) -> Plan:
         arena.context,
         prepared.process_bytes,
         request.max_outputs,
+        arena.layout,
         kept=(arena.chunk, arena.n_bytes),
     )
-    return _settle(model, demands, budget_bytes, arena.context, prepared.rates, prepared.streams)
+    terms = _Terms(arena.context, prepared.rates, prepared.streams, isinstance(prepared.session, Adopting))
+    return _settle(model, demands, budget_bytes, terms)
 
 
-def _settle(
-    model: Model, demands: Demands, budget_bytes: int, context: int, rates: Rates | None, streams: bool
-) -> Plan:
+class _Terms(NamedTuple):
+    """What a plan is made under besides the budget; see `make_plan`."""
+
+    context: int
+    rates: Rates | None
+    streams: bool
+    adopts: bool
+
+
+def _settle(model: Model, demands: Demands, budget_bytes: int, terms: _Terms) -> Plan:
     """Plan with guessed demands, then again with what the segments that come of it really need.
 
     Where that fails, the smallest slots are tried, chunk by chunk: that is the floor that an error names.
     """
     chunks = range(len(demands) - 1, len(demands))
     try:
-        plan = make_plan(model.matrices, demands, budget_bytes, context, rates, streams)
-        if not plan.streamed:
+        plan = make_plan(model.matrices, demands, budget_bytes, *terms)
+        if not plan.streamed and not plan.adopts:  # one segment, as was guessed
             return plan
-        agreed = _agreed(model, demands, demands.measured(plan), budget_bytes, context, rates)
+        measured = demands.measured(plan)
+        needed = measured if plan.streamed else with_room(plan.demand, measured)
+        agreed = _agreed(model, demands, needed, budget_bytes, terms)
         if agreed is not None:
             return agreed
         chunks = range(demands.chunks.index(plan.chunk), len(demands))
     except BudgetTooSmall:
-        if not streams:
+        if not terms.streams and not terms.adopts:
             raise
     for i in chunks:
-        least = _least(model, demands, i, context, rates)
+        least = _least(model, demands, i, terms)
         if least.planned_bytes <= budget_bytes:
-            roomy = _agreed(model, demands, least.demand, budget_bytes, context, rates)
+            roomy = _agreed(model, demands, least.demand, budget_bytes, terms)
             return roomy or replace(least, budget_bytes=budget_bytes)
     weights = ("slots for streaming", least.slots_bytes) if least.streamed else ("weights", least.pinned_bytes)
     raise BudgetTooSmall(budget_bytes, least.planned_bytes, (*least.demand.items(), weights))
 
 
-def _least(model: Model, demands: Demands, chunk: int, context: int, rates: Rates | None) -> Plan:
+def _least(model: Model, demands: Demands, chunk: int, terms: _Terms) -> Plan:
     """Return the plan of the smallest budget that works with prompt passes of `demands.chunks[chunk]` tokens."""
-    slots_bytes = 2 * smallest_slot(model.matrices)
+    _, weights_bytes = least_weights(model.matrices, terms.streams, terms.adopts)
     demand = demands[chunk]
-    plan = make_plan(model.matrices, [demand], demand.total_bytes + slots_bytes, context, rates)
-    if plan.streamed:
+    plan = make_plan(model.matrices, [demand], demand.total_bytes + weights_bytes, *terms)
+    if plan.streamed or plan.adopts:
         demand = demands.measured(plan)
-        plan = make_plan(model.matrices, [demand], demand.total_bytes + slots_bytes, context, rates)
+        plan = make_plan(model.matrices, [demand], demand.total_bytes + weights_bytes, *terms)
     return replace(plan, budget_bytes=plan.planned_bytes)
 
 
-def _agreed(
-    model: Model, demands: Demands, needed: Demand, budget_bytes: int, context: int, rates: Rates | None
-) -> Plan | None:
+def _agreed(model: Model, demands: Demands, needed: Demand, budget_bytes: int, terms: _Terms) -> Plan | None:
     """Plan, look at the segments, and plan with what they need, until the two agree; None if they never do."""
     for _ in range(_ROUNDS):
         try:
-            plan = make_plan(model.matrices, [needed], budget_bytes, context, rates)
+            plan = make_plan(model.matrices, [needed], budget_bytes, *terms)
         except BudgetTooSmall:
             return None
         grown = with_room(needed, demands.measured(plan))

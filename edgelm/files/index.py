@@ -45,6 +45,19 @@ def open_indexed(path: str | os.PathLike[str]) -> ModelFile:
     return model
 
 
+def content_key(model: ModelFile) -> str:
+    """Return a key of a model's weights, without reading them: of a pack its checksums, else what `stat` says.
+
+    Moved within a file system, a file keeps its key.
+    """
+    digest = blake2b(model.fingerprint.encode(), digest_size=16)
+    for part in model.checksums:
+        digest.update(part.sums)
+    if not model.checksums:
+        digest.update(repr([facts[1:] for facts in _facts(model.paths)]).encode())  # devices are numbered at each start
+    return digest.hexdigest()
+
+
 def _facts(paths: Sequence[Path]) -> list[list[int]]:
     stats = [os.stat(path) for path in paths]
     return [[stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns] for stat in stats]

@@ -46,6 +46,18 @@ class TensorInfo(NamedTuple):
         return self.packed_row_bytes or row_bytes(self.type, self.shape[0])
 
 
+class Checksums(NamedTuple):
+    """XXH3-64 of every tile (`row_step` rows) of these tensors of one file, in their order.
+
+    `hint` says what to do where one is wrong, if that is not to copy or pack the model again.
+    """
+
+    file: int
+    tensors: tuple[TensorInfo, ...]
+    sums: memoryview
+    hint: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFile:
     """A model's header. Holds no open file, so the files may be opened by whoever reads the weights.
@@ -66,8 +78,18 @@ class ModelFile:
     """What edgelm has appended, if the file was opened as a pack: `edgelm.files.index.open_indexed`."""
     gathered: Mapping[str, TensorInfo] = field(default_factory=dict)
     """Where the rows of an embedding are, if the matrix of the same name lies in the layout of a backend."""
+    checksums: tuple[Checksums, ...] = ()
+    """Of the files that have some: `edgelm.memory.verified`."""
 
     @property
     def total_tensor_bytes(self) -> int:
         """Bytes of all weights."""
         return sum(info.n_bytes for info in self.tensors.values())
+
+    @property
+    def main_part(self) -> int:
+        """The index into `paths` of the file with the most weights."""
+        sizes = [0] * len(self.paths)
+        for info in self.tensors.values():
+            sizes[info.file] += info.n_bytes
+        return max(range(len(sizes)), key=sizes.__getitem__)

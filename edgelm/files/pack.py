@@ -14,11 +14,11 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgelm.errors import UnsupportedModel
 from edgelm.files.errors import DamagedPack
-from edgelm.files.model import ROW_STEP, ModelFile, TensorInfo
+from edgelm.files.model import ROW_STEP, Checksums, ModelFile, TensorInfo
 from edgelm.files.summary import restored
 
 VERSION = 1
@@ -55,11 +55,10 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """What makes an opened model a pack: its sections, and the checksums of all tiles, tensors in table order."""
+    """What makes an opened model a pack: its sections."""
 
     path: Path
     sections: Mapping[int, Section]
-    checksums: memoryview
 
     def has_tables(self, fmt: int) -> bool:
         """Say whether the tokenizer's tables are here in this format."""
@@ -111,12 +110,21 @@ def n_tiles(info: TensorInfo) -> int:
     return -(-info.n_rows // info.row_step)
 
 
-def footer(sections: Sequence[Section], file_bytes: int, digest: Callable[[Any], int]) -> bytes:
-    """Return the last page of a pack."""
+def footer(sections: Sequence[Section], file_bytes: int, digest: Callable[[Any], int], magic: bytes = _MAGIC) -> bytes:
+    """Return the last page of a pack, or of another file that is made of sections."""
     assert len(sections) <= _MOST_SECTIONS
     entries = b"".join(_ENTRY.pack(s.kind, s.format, s.offset, s.n_bytes, s.checksum) for s in sections)
-    page = (_HEAD.pack(_MAGIC, VERSION, len(sections), file_bytes) + entries).ljust(PAGE - _SUM.size, b"\0")
+    page = (_HEAD.pack(magic, VERSION, len(sections), file_bytes) + entries).ljust(PAGE - _SUM.size, b"\0")
     return page + _SUM.pack(digest(page))
+
+
+class Sections(NamedTuple):
+    """What the footer of a file says, and its index (`table`) and checksums, all checked."""
+
+    file_bytes: int
+    sections: Mapping[int, Section]
+    table: bytes
+    checksums: bytes
 
 
 def open_pack(path: Path) -> ModelFile | None:
@@ -124,6 +132,12 @@ def open_pack(path: Path) -> ModelFile | None:
 
     Raises `DamagedPack` naming the part, `UnsupportedModel` for a pack of a newer edgelm.
     """
+    found = read_sections(path)
+    return _model(path, found) if found is not None else None
+
+
+def read_sections(path: Path, magic: bytes = _MAGIC) -> Sections | None:
+    """Return what a file with this magic in its footer ends with; None for any other file. Raises as `open_pack`."""
     try:
         fd = os.open(path, _FLAGS)
     except (OSError, ValueError):
@@ -135,7 +149,7 @@ def open_pack(path: Path) -> ModelFile | None:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # read ahead, it would stay in the page cache
         page = _read(fd, file_bytes - PAGE, PAGE)
-        if not page.startswith(_MAGIC):
+        if not page.startswith(magic):
             return None
         sections = _sections(path, page, file_bytes)
         content = {kind: _read(fd, sections[kind].offset, sections[kind].n_bytes) for kind in (INDEX, CHECKSUMS)}
@@ -145,7 +159,7 @@ def open_pack(path: Path) -> ModelFile | None:
         os.close(fd)
     for kind in content:
         _check(path, sections[kind], content[kind])
-    return _model(path, file_bytes, sections, content[INDEX], content[CHECKSUMS])
+    return Sections(file_bytes, sections, content[INDEX], content[CHECKSUMS])
 
 
 def refuse_lost_footer(model: ModelFile) -> None:
@@ -184,15 +198,17 @@ def _sections(path: Path, page: bytes, file_bytes: int) -> dict[int, Section]:
     return found
 
 
-def _model(path: Path, file_bytes: int, sections: Mapping[int, Section], index: bytes, checksums: bytes) -> ModelFile:
+def _model(path: Path, found: Sections) -> ModelFile:
     try:
-        model = restored(json.loads(index), (path,), (file_bytes,))
+        model = restored(json.loads(found.table), (path,), (found.file_bytes,))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise _damaged(path, INDEX, f"makes no sense ({error})") from error
-    needed = sum(map(n_tiles, model.tensors.values())) * _SUM.size
-    if needed != len(checksums):
-        raise _damaged(path, CHECKSUMS, f"has {len(checksums)} bytes, the tensors need {needed}")
-    return replace(model, pack=Pack(path, sections, memoryview(checksums)))
+    tensors = tuple(model.tensors.values())
+    needed = sum(map(n_tiles, tensors)) * _SUM.size
+    if needed != len(found.checksums):
+        raise _damaged(path, CHECKSUMS, f"has {len(found.checksums)} bytes, the tensors need {needed}")
+    checksums = (Checksums(0, tensors, memoryview(found.checksums)),)
+    return replace(model, pack=Pack(path, found.sections), checksums=checksums)
 
 
 def _read(fd: int, offset: int, n_bytes: int) -> bytes:

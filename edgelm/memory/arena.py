@@ -1,14 +1,14 @@
 """The KV cache: which token's keys and values lie where, and the memory they lie in.
 
-One neutral layout for every backend: float16, keys [head, place, dimension], values [head, dimension, place]. Layers
-that see everything have a place for every position; layers with a sliding window share places in a ring. Knows
-positions and bytes, no model.
+Item type and order are the backend's choice (`CacheLayout`); what is stored can be handed over to a cache of any other
+layout. Layers that see everything have a place for every position; layers with a sliding window share places in a
+ring, if the backend allows it. Knows positions and bytes, no model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,29 @@ from edgelm.memory.buffer import Buffer, align_up
 LENGTH_STEP = 256
 """Passes see the cache in steps of this many places, so that a compiled pass serves for many tokens."""
 PLACE_STEP = 32
-ITEM_BYTES = 2
 _MASK_ROWS = 32
+_HANDED_OVER = 128
+"""Positions that are handed over at a time: a few hundred kilobytes of numbers."""
+
+
+class CacheLayout(NamedTuple):
+    """How a backend wants keys and values to lie. Keys are always [head, place, dimension].
+
+    `item`: "f16" or "f32". `values`: "dim_place" is [head, dimension, place] (with the places innermost, the weighted
+    sum over values is a matrix product without a copy), "place_dim" as the keys. Without `rings` layers with a window
+    have a place for every position, too, and the place is the position.
+    """
+
+    item: Literal["f16", "f32"] = "f16"
+    values: Literal["dim_place", "place_dim"] = "dim_place"
+    rings: bool = True
+
+    @property
+    def dtype(self) -> type[np.float16] | type[np.float32]:
+        return np.float16 if self.item == "f16" else np.float32
+
+
+USUAL = CacheLayout()
 
 
 class LayerCache(NamedTuple):
@@ -32,30 +53,31 @@ class LayerCache(NamedTuple):
     head_dim_v: int
 
 
-def capacity(window: int, context: int, chunk: int) -> int:
+def capacity(window: int, context: int, chunk: int, layout: CacheLayout = USUAL) -> int:
     """Return the places of a group: the context, or the window and the widest pass."""
     full = align_up(context, PLACE_STEP)
-    return min(full, align_up(window + chunk, PLACE_STEP)) if window else full
+    return min(full, align_up(window + chunk, PLACE_STEP)) if window and layout.rings else full
 
 
-def cache_bytes(layers: Sequence[LayerCache], context: int, chunk: int) -> int:
+def cache_bytes(layers: Sequence[LayerCache], context: int, chunk: int, layout: CacheLayout = USUAL) -> int:
     """Return the memory that `KVArena` will own."""
-    return sum(n_bytes for layer in layers for n_bytes in _layer_bytes(layer, context, chunk))
+    return sum(n_bytes for layer in layers for n_bytes in _layer_bytes(layer, context, chunk, layout))
 
 
 class KVArena:
     """The cache of one conversation: `n_past` positions are stored."""
 
-    def __init__(self, layers: Sequence[LayerCache], context: int, chunk: int) -> None:
-        self.context, self.chunk = context, chunk
+    def __init__(self, layers: Sequence[LayerCache], context: int, chunk: int, layout: CacheLayout = USUAL) -> None:
+        self.context, self.chunk, self.layout = context, chunk, layout
         self.windows = {layer.group: layer.window for layer in layers}
-        self.capacities = {group: capacity(window, context, chunk) for group, window in self.windows.items()}
-        self._buffer = Buffer(max(cache_bytes(layers, context, chunk), 1), huge=False)
+        self.capacities = {group: capacity(window, context, chunk, layout) for group, window in self.windows.items()}
+        self._layers = tuple(layers)
+        self._buffer = Buffer(max(cache_bytes(layers, context, chunk, layout), 1), huge=False)
         self.keys: list[int] = []
         self.values: list[int] = []
         at = self._buffer.address
         for layer in layers:
-            key_bytes, value_bytes = _layer_bytes(layer, context, chunk)
+            key_bytes, value_bytes = _layer_bytes(layer, context, chunk, layout)
             self.keys.append(at)
             self.values.append(at + key_bytes)
             at += key_bytes + value_bytes
@@ -111,10 +133,78 @@ class KVArena:
         self.n_past = n_past
         return n_past
 
+    def held(self, layer: int) -> NDArray[np.int32]:
+        """Return the stored positions of a layer, in order: all, or those that a ring has not overwritten."""
+        held = self._held[self._layers[layer].group]
+        return np.sort(held[(held >= 0) & (held < self.n_past)])
+
+    def export(self, layer: int, first: int, n: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return keys and values of the positions `first` … `first + n - 1` as float32 [n, heads, dimension].
+
+        Raises `ValueError` if the layer does not hold all of them.
+        """
+        places = self._places(layer, first, n)
+        keys, values = self._views(layer)
+        return (
+            keys[:, places].transpose(1, 0, 2).astype(np.float32),
+            values[:, places].transpose(1, 0, 2).astype(np.float32),
+        )
+
+    def import_(self, layer: int, first: int, keys: NDArray[np.float32], values: NDArray[np.float32]) -> None:
+        """Store what `export` returned, rounded to this cache's items. Raises `ValueError` as `export` does."""
+        places = self._places(layer, first, len(keys))
+        own_keys, own_values = self._views(layer)
+        with np.errstate(over="ignore"):  # as in a backend that stores such numbers itself
+            own_keys[:, places] = keys.transpose(1, 0, 2)
+            own_values[:, places] = values.transpose(1, 0, 2)
+
+    def copy_from(self, other: KVArena) -> None:
+        """Take over what another cache of the same model stores, whatever the layouts of the two.
+
+        A ring takes the latest positions that it has places for. Raises `ValueError` if the caches are of different
+        models or this one is too small.
+        """
+        if self._layers != other._layers or other.n_past > self.context:
+            raise ValueError(f"a cache of {other.n_past} positions of this model does not fit in one of {self.context}")
+        self.n_past = other.n_past
+        for group, held in self._held.items():
+            positions = other._held[group]
+            latest = positions[(positions >= max(self.n_past - len(held), 0)) & (positions < self.n_past)]
+            held.fill(-1)
+            held[latest % len(held)] = latest
+        for layer in range(len(self._layers)):
+            # what is stored is one stretch, up to the last position
+            for first in range(self.n_past - len(self.held(layer)), self.n_past, _HANDED_OVER):
+                n = min(_HANDED_OVER, self.n_past - first)
+                self.import_(layer, first, *other.export(layer, first, n))
+
+    def _places(self, layer: int, first: int, n: int) -> NDArray[np.int64]:
+        """Return where positions lie."""
+        held = self._held[self._layers[layer].group]
+        positions = np.arange(first, first + n)
+        places = positions % len(held)
+        if first < 0 or first + n > self.n_past or not np.array_equal(held[places], positions):
+            raise ValueError(f"layer {layer} does not hold all of the positions {first} to {first + n - 1}")
+        return places
+
+    def _views(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return keys and values of a layer as [head, place, dimension]."""
+        facts, dtype = self._layers[layer], self.layout.dtype
+        n_heads, n_places = facts.n_kv_heads, self.capacities[facts.group]
+        start = self.keys[layer] - self._buffer.address
+        keys = np.frombuffer(self._buffer.view, dtype, n_heads * n_places * facts.head_dim_k, start)
+        start = self.values[layer] - self._buffer.address
+        values = np.frombuffer(self._buffer.view, dtype, n_heads * n_places * facts.head_dim_v, start)
+        if self.layout.values == "dim_place":
+            by_head = values.reshape(n_heads, facts.head_dim_v, n_places).transpose(0, 2, 1)
+        else:
+            by_head = values.reshape(n_heads, n_places, facts.head_dim_v)
+        return keys.reshape(n_heads, n_places, facts.head_dim_k), by_head
+
     def close(self) -> None:
         self._buffer.release()
 
 
-def _layer_bytes(layer: LayerCache, context: int, chunk: int) -> tuple[int, int]:
-    cells = capacity(layer.window, context, chunk) * layer.n_kv_heads * ITEM_BYTES
+def _layer_bytes(layer: LayerCache, context: int, chunk: int, layout: CacheLayout) -> tuple[int, int]:
+    cells = capacity(layer.window, context, chunk, layout) * layer.n_kv_heads * np.dtype(layout.dtype).itemsize
     return cells * layer.head_dim_k, cells * layer.head_dim_v

@@ -11,7 +11,9 @@ from typing import Any
 
 from edgelm.errors import BudgetTooSmall, ConfigError
 from edgelm.files.model import TensorInfo
+from edgelm.memory.buffer import PAGE
 from edgelm.memory.predict import Rates, pass_s
+from edgelm.memory.stores import span
 from edgelm.memory.units import Unit, make_units, smallest_slot, split
 from edgelm.sizes import MB, human
 
@@ -76,6 +78,8 @@ class Plan:
     rates: Rates | None = None
     head: str = ""
     """The matrix that makes the logits."""
+    adopts: bool = False
+    """Weights that stay are copied by the backend, part by part."""
 
     def __post_init__(self) -> None:
         if self.planned_bytes > self.budget_bytes:
@@ -99,6 +103,11 @@ class Plan:
         return self.slot_bytes * self.n_slots
 
     @property
+    def staging_bytes(self) -> int:
+        """Memory through which weights reach a backend that keeps copies of its own: slots, where there are some."""
+        return _staging_bytes(self.units) if self.adopts and not self.slots_bytes else 0
+
+    @property
     def pass_bytes(self) -> int:
         return sum(unit.n_bytes for unit in self.units)
 
@@ -108,7 +117,7 @@ class Plan:
 
     @property
     def planned_bytes(self) -> int:
-        return self.demand.total_bytes + self.pinned_bytes + self.slots_bytes
+        return self.demand.total_bytes + self.pinned_bytes + self.slots_bytes + self.staging_bytes
 
     @property
     def predicted_decode_tps(self) -> float:
@@ -155,6 +164,8 @@ class Plan:
     def items(self) -> tuple[tuple[str, int], ...]:
         """Every part of the budget by name; what is left is `unused`."""
         items = (*self.demand.items(), ("weights pinned", self.pinned_bytes), ("slots for streaming", self.slots_bytes))
+        if self.staging_bytes:
+            items = (*items, ("weights on their way to the backend", self.staging_bytes))
         return (*items, ("unused", self.budget_bytes - self.planned_bytes))
 
     def as_dict(self) -> dict[str, Any]:
@@ -204,33 +215,51 @@ def make_plan(
     context: int,
     rates: Rates | None = None,
     streams: bool = True,
+    adopts: bool = False,
 ) -> Plan:
     """Return the plan for `matrices`, given in pass order.
 
     `demands` lists the possible prompt chunks from the largest to the smallest. The first is taken with which
     everything fits; else the one that answers soonest by `rates`; where nothing was measured, the first that costs at
-    most `CHUNK_SHARE` of what is not fixed. `streams=False`: all or nothing. Raises `BudgetTooSmall` with the smallest
-    budget that works.
+    most `CHUNK_SHARE` of what is not fixed. `streams=False`: all or nothing. `adopts`: the backend copies what stays.
+    Raises `BudgetTooSmall` with the smallest budget that works.
     """
     whole, head = make_units(matrices, RESIDENT_UNIT_BYTES), matrices[-1].name
-    all_bytes = sum(unit.span_bytes for unit in whole)
-    slot = smallest_slot(matrices)
-    by_streaming = streams and 2 * slot < all_bytes
+    all_bytes = _held_bytes(whole, adopts)
+    by_streaming = streams and 2 * smallest_slot(matrices) < all_bytes
     for demand in demands:
         if demand.chunk < RESIDENT_CHUNK and by_streaming:
             break
         if demand.total_bytes + all_bytes <= budget_bytes:
-            return Plan(budget_bytes, context, demand, whole, frozenset(range(len(whole))), 0, 0, rates, head)
-    smallest = demands[-1]
-    weights = ("two slots for streaming", 2 * slot) if by_streaming else ("weights, all resident", all_bytes)
-    needed = smallest.total_bytes + weights[1]
+            return Plan(budget_bytes, context, demand, whole, frozenset(range(len(whole))), 0, 0, rates, head, adopts)
+    smallest, least = demands[-1], least_weights(matrices, streams, adopts)
+    needed = smallest.total_bytes + least[1]
     if budget_bytes < needed:
-        raise BudgetTooSmall(budget_bytes, needed, (*smallest.items(), weights))
+        raise BudgetTooSmall(budget_bytes, needed, (*smallest.items(), least))
     if rates is None:
-        return _stream(matrices, _choose_chunk(demands, budget_bytes, 2 * slot), budget_bytes, context, None)
-    fitting = [demand for demand in demands if demand.total_bytes + 2 * slot <= budget_bytes]
-    plans = [_stream(matrices, demand, budget_bytes, context, rates) for demand in fitting or [smallest]]
+        chosen = _choose_chunk(demands, budget_bytes, least[1])
+        return _stream(matrices, chosen, budget_bytes, context, None, adopts)
+    fitting = [demand for demand in demands if demand.total_bytes + least[1] <= budget_bytes]
+    plans = [_stream(matrices, demand, budget_bytes, context, rates, adopts) for demand in fitting or [smallest]]
     return min(plans, key=_job_s)
+
+
+def least_weights(matrices: Sequence[TensorInfo], streams: bool, adopts: bool) -> tuple[str, int]:
+    """Return what the least memory is that weights can do with, and its bytes."""
+    slots_bytes = 2 * smallest_slot(matrices)
+    all_bytes = _held_bytes(make_units(matrices, RESIDENT_UNIT_BYTES), adopts)
+    if streams and slots_bytes < all_bytes:
+        return "two slots for streaming", slots_bytes
+    return "weights, all resident", all_bytes
+
+
+def _held_bytes(units: Sequence[Unit], adopts: bool) -> int:
+    """Return the memory of units that all stay."""
+    return sum(unit.span_bytes for unit in units) + (_staging_bytes(units) if adopts else 0)
+
+
+def _staging_bytes(units: Sequence[Unit]) -> int:
+    return max((span(PAGE - 1, part.n_bytes) for unit in units for part in unit.parts), default=0)
 
 
 def _job_s(plan: Plan) -> float:
@@ -239,17 +268,17 @@ def _job_s(plan: Plan) -> float:
 
 
 def _stream(
-    matrices: Sequence[TensorInfo], demand: Demand, budget_bytes: int, context: int, rates: Rates | None
+    matrices: Sequence[TensorInfo], demand: Demand, budget_bytes: int, context: int, rates: Rates | None, adopts: bool
 ) -> Plan:
     """Return the plan of one prompt chunk: slots, and what else fits pinned."""
     weight_bytes, head = budget_bytes - demand.total_bytes, matrices[-1].name
     slot_bytes, n_slots = _slots(weight_bytes, smallest_slot(matrices))
     units = make_units(matrices, slot_bytes)
-    if sum(unit.span_bytes for unit in units) <= weight_bytes:
-        return Plan(budget_bytes, context, demand, units, frozenset(range(len(units))), 0, 0, rates, head)
+    if _held_bytes(units, adopts) <= weight_bytes:
+        return Plan(budget_bytes, context, demand, units, frozenset(range(len(units))), 0, 0, rates, head, adopts)
     slot_bytes = max(unit.span_bytes for unit in units)
     units, pinned = fill(units, weight_bytes - slot_bytes * n_slots)
-    return Plan(budget_bytes, context, demand, units, pinned, slot_bytes, n_slots, rates, head)
+    return Plan(budget_bytes, context, demand, units, pinned, slot_bytes, n_slots, rates, head, adopts)
 
 
 def fill(units: Sequence[Unit], room: int) -> tuple[tuple[Unit, ...], frozenset[int]]:

@@ -164,6 +164,11 @@ def merge(units: Sequence[Unit]) -> Unit:
     return make_unit(parts)
 
 
+def concatenate(units: Sequence[Unit]) -> Unit:
+    """Return neighbouring units as one, in the parts that they have."""
+    return make_unit(part for unit in units for part in unit.parts)
+
+
 def constants(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> Unit:
     """Return the unit of all vectors among `names`: they are pinned whatever the budget."""
     return make_unit(part_of(tensors[name]) for name in names if tensors[name].n_rows == 1)

@@ -17,7 +17,7 @@ from edgelm.memory.buffer import PAGE, Buffer, align_down
 from edgelm.memory.plan import Plan
 from edgelm.memory.stores import Store, span
 from edgelm.memory.timeline import Times
-from edgelm.memory.units import Read, Unit, merge, requests
+from edgelm.memory.units import Read, Unit, concatenate, merge, requests
 
 N_READERS = 2
 BLOCK_BYTES = 1 << 20
@@ -31,7 +31,8 @@ class Run(NamedTuple):
 
 
 def runs(plan: Plan) -> tuple[Run, ...]:
-    """Return the pass as runs, in order."""
+    """Return the pass as runs, in order. What a backend copies part by part is also computed so."""
+    joined = concatenate if plan.adopts else merge
     result: list[Run] = []
     waiting: list[Unit] = []
     for i, unit in enumerate(plan.units):
@@ -39,11 +40,11 @@ def runs(plan: Plan) -> tuple[Run, ...]:
             waiting.append(unit)
             continue
         if waiting:
-            result.append(Run(merge(waiting), pinned=True))
+            result.append(Run(joined(waiting), pinned=True))
             waiting = []
         result.append(Run(unit, pinned=False))
     if waiting:
-        result.append(Run(merge(waiting), pinned=True))
+        result.append(Run(joined(waiting), pinned=True))
     return tuple(result)
 
 

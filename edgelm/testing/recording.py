@@ -6,40 +6,49 @@ For the contract suite of backends; see `edgelm.testing.backend_contract`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.engine.backend import Bindings, CacheGroup, PassShape, Program, Session
+from edgelm.engine.backend import Adopting, Bindings, CacheGroup, CacheLayout, PassShape, Program, Session, WeightLayout
 from edgelm.engine.ir import AttendSpec, Op, Placed, RopeSpec, Segment, Value, Weight, place
 from edgelm.engine.ops import Ops, Tensor
+from edgelm.engine.preparing import packed_bytes
 from edgelm.files.ggml_types import TensorType, row_bytes
+from edgelm.files.model import TensorInfo
+from edgelm.memory.arena import USUAL
 from edgelm.testing import reference
 from edgelm.testing.blocks import random_weights
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
+Items = NDArray[Any]
 
-_ALIGNMENT = 64
+_ALIGNMENT = 4096
 _FIRST_CONCAT = 1 << 20  # ids of values that `Ops` does not know
 
 
 @dataclass(frozen=True, slots=True)
 class _Cache:
-    """Float16 keys [head, place, dim] and values [head, dim, place]: the backend's, and those it should have."""
+    """Keys [head, place, dim] and values [head, dim, place]: the backend's, as it lays them, and what they should be."""
 
-    keys: NDArray[np.float16]
-    values: NDArray[np.float16]
-    exact_keys: NDArray[np.float16]
-    exact_values: NDArray[np.float16]
+    keys: Items
+    values: Items
+    keys_address: int
+    values_address: int
+    exact_keys: Items
+    exact_values: Items
 
 
 class Recording:
     """Record with `ops`, on inputs from `value` and weights from `matrix`; then `run`.
 
     The pass has `n_tokens` rows from `first_position` on, written to `places` of the caches (else: their positions).
+    Matrices and caches lie as `layout` and `cache` of the backend say.
     """
 
     def __init__(
@@ -51,13 +60,19 @@ class Recording:
         length: int = 32,
         places: Sequence[int] | None = None,
         first_position: int = 0,
+        layout: WeightLayout | None = None,
+        cache: CacheLayout = USUAL,
     ) -> None:
+        self._layout, self._cache_layout = layout, cache
         self.ops = Ops()
         self.n_tokens, self.capacity, self.length = n_tokens, capacity, length
         self._rng = np.random.default_rng(n_tokens)
         self._inputs: dict[int, Floats] = {}
         self._concats: list[tuple[Op, Value]] = []
         self._weights: dict[str, Bytes] = {}
+        self._packed: dict[str, Bytes] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        self._adopted: dict[tuple[Weight, bool], int] = {}
         self._caches: dict[int, _Cache] = {}
         self._position_of_place = np.full(length, -1, np.int32)
         self.out_rows = np.array(out_rows, np.int32)
@@ -84,7 +99,22 @@ class Recording:
         if mean:
             data = np.maximum(data.view(np.float32) + np.float32(mean), np.float32(mean / 4)).view(np.uint8)
         self._weights[weight.tensor] = _aligned(data)
+        info = TensorInfo(weight.tensor, kind, (width, rows), 0, 0, data.nbytes)
+        self._infos[weight.tensor] = self._laid_out(info)
+        if self._infos[weight.tensor].packed_row_bytes:
+            packed = packed_bytes(self._layout, info, data.tobytes())
+            self._packed[weight.tensor] = _aligned(np.frombuffer(packed, np.uint8))
         return weight
+
+    def _laid_out(self, info: TensorInfo) -> TensorInfo:
+        packed = self._layout.packed(info) if self._layout is not None and info.n_rows > 1 else None
+        if packed is None:
+            return info
+        return info._replace(row_step=packed.row_step, packed_row_bytes=packed.row_bytes)
+
+    def row_step(self, weight: Weight) -> int:
+        """Rows of a tile of this matrix: it may be cut at multiples of them."""
+        return self._infos[weight.tensor].row_step
 
     def concat(self, parts: Sequence[Tensor]) -> Tensor:
         """Columns side by side, as the planner records them for the tiles of a matrix."""
@@ -132,20 +162,44 @@ class Recording:
         keys, values = cache.exact_keys[:, : self.length], cache.exact_values[:, :, : self.length]
         return reference.attend(self.exact(q), keys, values, self._mask(spec.window), spec)
 
-    def caches(self, spec: AttendSpec) -> Iterator[tuple[NDArray[np.float16], NDArray[np.float16]]]:
+    def caches(self, spec: AttendSpec) -> Iterator[tuple[Items, Items]]:
         """The layer's keys, then its values: what the backend made of them, and what they should be."""
         cache = self._cache(spec)
         yield cache.keys, cache.exact_keys
         yield cache.values, cache.exact_values
 
     def input_bytes(self) -> list[bytes]:
-        return [array.tobytes() for arrays in (self._inputs, self._weights) for array in arrays.values()]
+        return [array.tobytes() for arrays in (self._inputs, self._weights, self._packed) for array in arrays.values()]
 
     def relocate_weights(self) -> None:
         """Copy every weight to another address, and spoil the old one."""
-        for name, old in list(self._weights.items()):
-            self._weights[name] = _aligned(old)
-            old.fill(0xFF)
+        for weights in (self._weights, self._packed):
+            for name, old in list(weights.items()):
+                weights[name] = _aligned(old)
+                old.fill(0xFF)
+
+    @contextmanager
+    def adopted(self, session: Adopting) -> Iterator[None]:
+        """Let the session copy every weight of what is recorded, spoil the originals, and bind the copies inside."""
+        for op in self._kept():
+            for i, weight in enumerate(op.weights):
+                key = weight, op.kind == "linear" and i == 0
+                if op.kind != "embed" and key not in self._adopted:
+                    self._adopted[key] = session.adopt(weight, self._address(*key), key[1])
+        kept = [
+            (weights, name, array.copy())
+            for weights in (self._weights, self._packed)
+            for name, array in weights.items()
+        ]
+        for weights, name, _ in kept:
+            weights[name].fill(0xFF)
+        try:
+            yield
+        finally:
+            for weights, name, content in kept:
+                weights[name][:] = content
+            while self._adopted:
+                session.drop(self._adopted.popitem()[1])
 
     def segment(self, outputs: Sequence[Tensor]) -> tuple[Segment, PassShape]:
         """Everything recorded, as one segment, and the shape of the pass."""
@@ -188,9 +242,9 @@ class Recording:
             Bindings(
                 inputs=tuple(memory[value].ctypes.data for value in part.inputs),
                 outputs=tuple(memory[value].ctypes.data for value in part.outputs),
-                weights=tuple(self._address(weight) for weight in part.weights),
-                keys=tuple(cache.keys.ctypes.data for cache in caches),
-                values=tuple(cache.values.ctypes.data for cache in caches),
+                weights=tuple(self._bound(part)),
+                keys=tuple(cache.keys_address for cache in caches),
+                values=tuple(cache.values_address for cache in caches),
                 positions=self.positions.ctypes.data,
                 out_rows=self.out_rows.ctypes.data,
                 places=tuple(self.places.ctypes.data for _ in masks),
@@ -246,12 +300,28 @@ class Recording:
                 (spec.n_kv_heads, spec.head_dim_v, self.capacity),
             )
             # Not zeros: what is written outside the given places, or read behind a mask, shows.
-            old = [self._rng.standard_normal(shape).astype(np.float16) for shape in shapes]
-            keys, values = (_aligned(array).view(np.float16).reshape(array.shape) for array in old)
-            self._caches[spec.layer] = _Cache(keys, values, *old)
+            dtype = self._cache_layout.dtype
+            old: list[Items] = [self._rng.standard_normal(shape).astype(dtype) for shape in shapes]
+            lying = [old[0], old[1] if self._cache_layout.values == "dim_place" else old[1].transpose(0, 2, 1)]
+            keys, values = (_aligned(array).view(dtype).reshape(array.shape) for array in lying)
+            addresses = keys.ctypes.data, values.ctypes.data
+            if self._cache_layout.values == "place_dim":
+                values = values.transpose(0, 2, 1)
+            self._caches[spec.layer] = _Cache(keys, values, *addresses, *old)
         return self._caches[spec.layer]
 
-    def _address(self, weight: Weight) -> int:
+    def _bound(self, part: Placed) -> Iterator[int]:
+        """Yield what the bindings of a part have for its weights."""
+        weights = iter(part.weights)
+        for op in part.segment.ops:
+            for i, weight in enumerate(next(weights) for _ in op.weights):
+                matrix = op.kind == "linear" and i == 0
+                yield self._adopted.get((weight, matrix)) or self._address(weight, matrix)
+
+    def _address(self, weight: Weight, matrix: bool) -> int:
+        info = self._infos.get(weight.tensor)
+        if matrix and info is not None and info.packed_row_bytes:
+            return int(self._packed[weight.tensor][weight.first_row * info.row_bytes :].ctypes.data)
         start = weight.first_row * row_bytes(weight.type, weight.width)
         return int(self._weights[weight.tensor][start:].ctypes.data)
 

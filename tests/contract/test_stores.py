@@ -9,8 +9,7 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from edgelm.files.ggml_types import TensorType
-from edgelm.files.model import ModelFile, TensorInfo
-from edgelm.files.pack import Pack
+from edgelm.files.model import Checksums, ModelFile, TensorInfo
 from edgelm.memory.stores import (
     BufferedStore,
     CountingStore,
@@ -48,8 +47,8 @@ class TestVerifiedStore(StoreContract):
         content = contents[0]
         info = TensorInfo("tensor", TensorType.I8, (1, len(content)), 0, 0, len(content), row_step=1000)
         sums = array("Q", (xxh3_64_intdigest(content[at : at + 1000]) for at in range(0, len(content), 1000)))
-        pack = Pack(folder, {}, memoryview(sums.tobytes()))
-        file = ModelFile((folder,), {}, {"tensor": info}, "llama", 0, (len(content),), "", pack)
+        checksums = (Checksums(0, (info,), memoryview(sums.tobytes())),)
+        file = ModelFile((folder,), {}, {"tensor": info}, "llama", 0, (len(content),), "", checksums=checksums)
         return VerifiedStore(MemoryStore(contents), file)
 
 

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from edgelm.engine import demand
+from edgelm.engine.backend import Backend, layout_of
 from edgelm.engine.forward import Engine
 from edgelm.engine.health import check
 from edgelm.engine.loading import Prepared, Request, build, prepare
+from edgelm.engine.preparing import prepare_file
 from edgelm.engine.registry import get_backend
 from edgelm.errors import BudgetTooSmall
 from edgelm.files.gguf import open_model
+from edgelm.files.model import ModelFile
 from edgelm.memory import plan as planning
 from edgelm.memory.plan import Plan
 from edgelm.memory.stores import MemoryStore, Store
@@ -52,10 +55,16 @@ def prepared_at(
     session = chosen.open(1)
     try:
         request = Request(budget_bytes, context, 1, max_outputs)
-        return prepare(open_model(path), chosen, session, request, 0, None)
+        return prepare(in_layout(path, chosen), chosen, session, request, 0, None)
     except BaseException:
         session.close()
         raise
+
+
+def in_layout(path: Path, backend: Backend) -> ModelFile:
+    """Return the model as a backend wants it."""
+    file, layout = open_model(path), layout_of(backend)
+    return file if layout is None else prepare_file(file, layout, backend.name)
 
 
 def plan_at(path: Path, budget_bytes: int, backend: str = "numpy", context: int = 64, max_outputs: int = 1) -> Plan:
@@ -86,7 +95,7 @@ def engine_at(
 ) -> Iterator[Engine]:
     """Open an engine whose weights come from memory through `wrap`."""
     prepared = prepared_at(path, budget_bytes, backend=backend, context=context, max_outputs=max_outputs)
-    engine = build(prepared, wrap(MemoryStore([path.read_bytes()])))
+    engine = build(prepared, wrap(MemoryStore([part.read_bytes() for part in prepared.file.paths])))
     try:
         yield engine
     finally:

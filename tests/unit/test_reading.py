@@ -33,7 +33,7 @@ def path(tmp_path):
 
 def model_file(path):
     tensors = {"first": SimpleNamespace(file=0, offset=1024)}
-    return SimpleNamespace(paths=(path,), file_bytes=(path.stat().st_size,), tensors=tensors)
+    return SimpleNamespace(paths=(path,), file_bytes=(path.stat().st_size,), tensors=tensors, main_part=0)
 
 
 @pytest.fixture

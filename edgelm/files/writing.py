@@ -1,0 +1,50 @@
+"""Write large files as a whole or not at all: under a name of their own first, renamed when they are on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL = ".partial"
+"""The end of the name of a file that is not complete yet; before it stands the process that writes it."""
+
+
+@contextlib.contextmanager
+def whole_or_nothing(target: Path) -> Iterator[BinaryIO]:
+    """Give a file to write that gets its name when it is complete and on the disk, or vanishes."""
+    partial = target.with_name(f"{target.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
+    _sync_folder(target.absolute().parent)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the room that this user has left on the disk of a folder."""
+    return shutil.disk_usage(folder).free
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the new name on the disk, where folders can be synced."""
+    if os.name != "posix":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that syncs no folders
+            raise
+    finally:
+        os.close(fd)
