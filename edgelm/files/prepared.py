@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -75,8 +74,8 @@ def open_prepared(path: Path, source: ModelFile) -> ModelFile | None:
     except (DamagedPack, UnsupportedModel, KeyError, TypeError, ValueError, IndexError):
         return None  # it is made again
     _opened.add(path)
-    with contextlib.suppress(OSError):  # the time of change stays: whoever reads the file watches it
-        os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
+    with contextlib.suppress(OSError):
+        _stamp(path).touch()
     return model
 
 
@@ -129,8 +128,24 @@ def listing() -> list[PreparedFile]:
     for path in _paths():
         with contextlib.suppress(OSError):
             facts = path.stat()
-            found.append(PreparedFile(path, *_names(path), facts.st_size, facts.st_atime))
+            found.append(PreparedFile(path, *_names(path), facts.st_size, _used_s(path)))
     return sorted(found, key=lambda file: -file.used_s)
+
+
+def _stamp(path: Path) -> Path:
+    """Return the empty file whose time says when a prepared file was used.
+
+    Not the file's own times: whoever reads it watches that of its last change, and systems keep that of the last read
+    as they like.
+    """
+    return path.with_suffix(".used")
+
+
+def _used_s(path: Path) -> float:
+    try:
+        return _stamp(path).stat().st_mtime
+    except OSError:
+        return path.stat().st_mtime
 
 
 def _names(path: Path) -> tuple[str, str]:
@@ -191,6 +206,7 @@ def _unlink(path: Path) -> int:
     try:
         n_bytes = path.stat().st_size
         path.unlink()
+        _stamp(path).unlink(missing_ok=True)
     except OSError:  # gone already, or in use where that forbids it
         return 0
     return n_bytes

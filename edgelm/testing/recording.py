@@ -34,7 +34,7 @@ _FIRST_CONCAT = 1 << 20  # ids of values that `Ops` does not know
 
 @dataclass(frozen=True, slots=True)
 class _Cache:
-    """Keys [head, place, dim] and values [head, dim, place]: the backend's, as it lays them, and what they should be."""
+    """Keys [head, place, dim] and values [head, dim, place]: as the backend lays them, and as they should be."""
 
     keys: Items
     values: Items
