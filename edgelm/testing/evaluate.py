@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgelm.engine.architecture import record
-from edgelm.engine.backend import Bindings, CacheGroup, PassShape, Session
+from edgelm.engine.backend import Bindings, CacheGroup, CacheLayout, PassShape, Session, WeightLayout, layout_of
 from edgelm.engine.ir import AttendSpec, Placed, Trace, Weight, place
+from edgelm.engine.preparing import packed_bytes
 from edgelm.engine.registry import get_architecture, get_backend
 from edgelm.errors import ContextOverflow
 from edgelm.files.gguf import open_model
@@ -24,7 +25,7 @@ from edgelm.files.model import ModelFile
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-_ALIGNMENT = 64
+_ALIGNMENT = 4096
 _CAPACITY_STEP = 256
 
 
@@ -49,7 +50,9 @@ def evaluate(
         raise ContextOverflow(len(token_ids), n_context)
     sizes = (len(token_ids),) if passes is None else tuple(passes)
     assert sum(sizes) == len(token_ids), f"passes of {sizes} do not cover {len(token_ids)} tokens"
-    run = _Run(model, n_context, get_backend(backend).open(n_threads))
+    chosen = get_backend(backend)
+    session = chosen.open(n_threads)
+    run = _Run(model, n_context, session, layout_of(chosen), chosen.capabilities().cache)
     try:
         return np.concatenate([run.step(np.asarray(ids)) for ids in _split(token_ids, sizes)])
     finally:
@@ -66,16 +69,20 @@ def _split(token_ids: Sequence[int], sizes: Sequence[int]) -> Iterator[Sequence[
 class _Run:
     """A model, its caches, and how many tokens they hold."""
 
-    def __init__(self, model: ModelFile, n_context: int, session: Session) -> None:
+    def __init__(
+        self, model: ModelFile, n_context: int, session: Session, layout: WeightLayout | None, cache: CacheLayout
+    ) -> None:
         self.session = session
         trace: Trace = record(get_architecture(model.architecture), model, n_context)
         self._placed: Placed = place(trace.ops, trace.values, frozenset({trace.logits}))
         self._table = next(op.weights[0] for op in trace.ops if op.kind == "embed")
         self._embeds = [op.kind == "embed" for op in trace.ops for _ in op.weights]
         self._n_vocab = trace.values[trace.logits].width
+        used = dict.fromkeys(op.weights[0] for op in trace.ops if op.kind == "linear")
         self._weights = {weight: _read(model, weight) for weight in trace.weights()}
+        self._matrices = {weight: _packed(layout, model, weight, self._weights[weight]) for weight in used}
         self._capacity = -(-n_context // _CAPACITY_STEP) * _CAPACITY_STEP
-        self._caches = [_Cache.of(spec, self._capacity) for spec in trace.attends]
+        self._caches = [_Cache.of(spec, self._capacity, cache) for spec in trace.attends]
         by_group = sorted(trace.attends, key=lambda spec: spec.group)
         self._windows = [next(specs).window for _, specs in groupby(by_group, key=lambda spec: spec.group)]
         self._n_past = 0
@@ -92,7 +99,7 @@ class _Run:
         gathered = _copy(self._weights[self._table].reshape(self._table.rows, -1)[ids])
         logits = _aligned(n * self._n_vocab * 4).view(np.float32).reshape(n, self._n_vocab)
         weights = [
-            gathered if embed else self._weights[weight]
+            gathered if embed else self._matrices.get(weight, self._weights[weight])
             for weight, embed in zip(self._placed.weights, self._embeds, strict=True)
         ]
         layers = self._placed.layers
@@ -121,8 +128,8 @@ class _Cache:
     values: Bytes
 
     @classmethod
-    def of(cls, spec: AttendSpec, capacity: int) -> _Cache:
-        n = spec.n_kv_heads * capacity * 2
+    def of(cls, spec: AttendSpec, capacity: int, layout: CacheLayout) -> _Cache:
+        n = spec.n_kv_heads * capacity * np.dtype(layout.dtype).itemsize
         return cls(_aligned(n * spec.head_dim_k), _aligned(n * spec.head_dim_v))
 
 
@@ -141,6 +148,13 @@ def _read(model: ModelFile, weight: Weight) -> Bytes:
         file.seek(info.offset + weight.first_row * info.row_bytes)
         file.readinto(data.data)
     return data
+
+
+def _packed(layout: WeightLayout | None, model: ModelFile, weight: Weight, data: Bytes) -> Bytes:
+    """Return a whole matrix as the backend wants it."""
+    if layout is None:
+        return data
+    return _copy(np.frombuffer(packed_bytes(layout, model.tensors[weight.tensor], data.tobytes()), np.uint8))
 
 
 def _copy(data: Bytes) -> Bytes:

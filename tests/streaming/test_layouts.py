@@ -20,6 +20,7 @@ from edgelm.memory.stores import MemoryStore
 from edgelm.memory.verified import verified
 from edgelm.sizes import GB
 from edgelm.testing import ARCHITECTURES, tiny_model
+from edgelm.testing.evaluate import evaluate
 
 N_VOCAB = 384
 IDS = np.random.default_rng(7).integers(3, 250, 48).tolist()
@@ -186,3 +187,26 @@ def test_a_flipped_bit_in_a_prepared_file_is_found(models: dict[str, Path]) -> N
     with pytest.raises(DamagedWeights, match=r"rm --prepared"):
         walk(load())
     prepared.session.close()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_prompt_read_by_one_backend_is_answered_by_another(models: dict[str, Path], architecture: str) -> None:
+    """Through a cache of other items, another order and no rings, and back: the bits of never having left."""
+    path = models[architecture]
+    with engine_at(path, GB) as plain, engine_at(path, GB) as back, engine_at(path, GB, backend="cached") as other:
+        expected = walk(plain)
+        plain.arena.truncate(0)
+        plain.forward(IDS[:N_PROMPT])
+        other.arena.copy_from(plain.arena)
+        assert np.abs(other.forward(IDS[N_PROMPT : N_PROMPT + 1])[-1] - expected[1]).max() < 1e-3
+        assert other.arena.truncate(N_PROMPT) == N_PROMPT
+        back.arena.copy_from(other.arena)
+        found = np.stack([back.forward([token])[-1].copy() for token in IDS[N_PROMPT:]])
+        assert np.array_equal(found, expected[1:])
+
+
+def test_evaluating_lays_weights_and_caches_out(models: dict[str, Path]) -> None:
+    for architecture in ("llama", "gemma3"):
+        expected = evaluate(models[architecture], IDS, passes=(40, 8))
+        for backend in OWN:
+            assert np.array_equal(evaluate(models[architecture], IDS, passes=(40, 8), backend=backend), expected)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelm.memory.arena import LENGTH_STEP, PLACE_STEP, KVArena, LayerCache, cache_bytes, capacity
+from edgelm.memory.arena import LENGTH_STEP, PLACE_STEP, CacheLayout, KVArena, LayerCache, cache_bytes, capacity
 
 FULL, RING = 0, 1
 
@@ -122,3 +123,94 @@ def test_a_ring_that_has_gone_on_cannot_come_back() -> None:
     assert arena.truncate(100) == 0
     assert arena.n_past == 0
     arena.close()
+
+
+LAYOUTS = [
+    CacheLayout(item, values, rings)
+    for item in ("f16", "f32")
+    for values in ("dim_place", "place_dim")
+    for rings in (True, False)
+]
+
+
+def filled(layout: CacheLayout, n_past: int, window: int = 20, context: int = 200, chunk: int = 12) -> KVArena:
+    """A cache whose every number says which layer, head, dimension and position it is of."""
+    layers = [LayerCache(FULL, 0, 2, 8, 4), LayerCache(RING, window, 1, 6, 10)]
+    arena = KVArena(layers, context, chunk, layout)
+    places = np.zeros(chunk, np.int64)
+    while arena.n_past < n_past:
+        n = min(chunk, n_past - arena.n_past)
+        for group in (FULL, RING):
+            arena.claim(group, n, places[:n], np.zeros((n, arena.length(group, n)), np.float32))
+        first = arena.n_past
+        arena.advance(n)
+        for layer, facts in enumerate(layers):
+            shapes = ((n, facts.n_kv_heads, facts.head_dim_k), (n, facts.n_kv_heads, facts.head_dim_v))
+            keys, values = (
+                np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + layer * 100 + kind * 1000 + first
+                for kind, shape in enumerate(shapes)
+            )
+            arena.import_(layer, first, keys, values)
+    return arena
+
+
+@pytest.mark.parametrize("target", LAYOUTS, ids=str)
+@pytest.mark.parametrize("source", LAYOUTS, ids=str)
+def test_what_is_stored_can_be_handed_over_to_any_layout(source: CacheLayout, target: CacheLayout) -> None:
+    for n_past in (0, 5, 150):
+        first, second = filled(source, n_past), filled(target, 40, context=180, chunk=30)
+        second.copy_from(first)
+        assert second.n_past == n_past
+        for layer in range(2):
+            held = second.held(layer)
+            # all that the next token must see, and no more than the source knew
+            assert len(held) >= min(n_past, 19) if layer else len(held) == n_past
+            assert set(held) <= set(first.held(layer))
+            if n_past:
+                ours, theirs = (one.export(layer, int(held[0]), len(held)) for one in (second, first))
+                assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        naive = {FULL: Naive(0, second.capacities[FULL]), RING: Naive(20, second.capacities[RING])}
+        for layer, group in enumerate((FULL, RING)):
+            for position in second.held(layer).tolist():
+                naive[group].places[position % second.capacities[group]] = position
+        claim(second, naive, 12)
+        first.close()
+        second.close()
+
+
+def test_places_are_positions_where_rings_are_not_wanted() -> None:
+    layout = CacheLayout("f32", "place_dim", rings=False)
+    assert capacity(16, 300, 8, layout) == 320
+    layers = [LayerCache(RING, 16, 1, 16, 24)]
+    assert cache_bytes(layers, 64, 16, layout) == 4 * 64 * (16 + 24)
+    arena = KVArena(layers, 300, 8, layout)
+    places, mask = np.zeros(8, np.int64), np.zeros((8, 256), np.float32)
+    for first in range(0, 120, 8):
+        arena.claim(RING, 8, places, mask)
+        assert places.tolist() == list(range(first, first + 8))
+        assert np.flatnonzero(mask[0] == 0).tolist() == list(range(max(first - 15, 0), first + 1))
+        arena.advance(8)
+    assert arena.truncate(30) == 30, "nothing is overwritten, so everything can be taken back"
+    arena.close()
+
+
+def test_what_is_not_held_is_not_handed_over() -> None:
+    arena = filled(CacheLayout(), 150)
+    with pytest.raises(ValueError, match="positions 0 to 9"):
+        arena.export(1, 0, 10)
+    with pytest.raises(ValueError, match="positions 149 to 150"):
+        arena.export(0, 149, 2)
+    small = KVArena([LayerCache(FULL, 0, 2, 8, 4), LayerCache(RING, 20, 1, 6, 10)], 100, 12)
+    with pytest.raises(ValueError, match="150 positions of this model does not fit in one of 100"):
+        small.copy_from(arena)
+    with pytest.raises(ValueError, match="of this model"):
+        arena_of(20, 200, 12).copy_from(arena)
+
+
+def test_numbers_are_rounded_to_the_items_of_the_cache() -> None:
+    wide, narrow = filled(CacheLayout("f32"), 5), filled(CacheLayout("f16"), 0)
+    keys, values = wide.export(0, 0, 5)
+    wide.import_(0, 0, keys + np.float32(1e-4), values * np.float32(1e9))
+    narrow.copy_from(wide)
+    assert np.array_equal(narrow.export(0, 0, 5)[0], (keys + np.float32(1e-4)).astype(np.float16))
+    assert np.isinf(narrow.export(0, 0, 5)[1][1:]).all()
