@@ -42,12 +42,12 @@ def find_model(model: str, *, offline: bool, quiet: bool) -> Path:
 
 
 def open_model(path: Path, engine: dict[str, Any], *, quiet: bool) -> Model:
-    """Load a model; on a terminal the percentage is shown while it loads."""
+    """Load a model; on a terminal the percentage is shown while it loads. Work that is done once is announced."""
     import edgelm
-    from edgelm_apps.output import Percentage
+    from edgelm_apps.output import Percentage, note
 
     with Percentage(f"loading {path.name}", quiet) as shown:
-        return edgelm.load(path, progress=shown.show, **engine)
+        return edgelm.load(path, progress=shown.show, notice=(lambda _: None) if quiet else note, **engine)
 
 
 def start_lines(model: Model) -> list[str]:

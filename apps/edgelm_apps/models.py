@@ -35,15 +35,15 @@ def pull(name: str, as_json: bool, quiet: bool, offline: bool) -> None:
 @click.command("list")
 @json_option
 def list_models(as_json: bool) -> None:
-    """List the models here and in the catalogue."""
+    """List the models here and in the catalogue, and what backends have prepared of them."""
     from edgelm.sizes import human
     from edgelm_apps.output import print_json, print_table
     from edgelm_models.cache import cache_dir
-    from edgelm_models.listing import listing
+    from edgelm_models.listing import listing, prepared
 
-    models = listing()
+    models, files = listing(), [file._asdict() for file in prepared()]
     if as_json:
-        print_json({"cache": cache_dir(), "models": models})
+        print_json({"cache": cache_dir(), "models": models, "prepared": files})
         return
     rows = [
         (
@@ -57,19 +57,34 @@ def list_models(as_json: bool) -> None:
         for model in models
     ]
     print_table(("name", "size", "type", "context", "used", "where"), rows)
+    if files:
+        click.echo()
+        parts = [
+            (file["model"], human(file["size_bytes"]), file["backend"], _age(file["used_s"]), str(file["path"]))
+            for file in files
+        ]
+        print_table(("prepared of", "size", "backend", "used", "where"), parts)
 
 
 @click.command()
-@model_argument("name")
+@model_argument("name", required=False)
+@click.option("--prepared", is_flag=True, help="Only what backends prepared of NAME (also a path), or of all models.")
 @quiet_option
-def rm(name: str, quiet: bool) -> None:
+def rm(name: str | None, prepared: bool, quiet: bool) -> None:
     """Remove a pulled model and what was derived from it."""
     from edgelm.sizes import human
-    from edgelm_models.cache import remove
+    from edgelm_models.cache import remove, remove_prepared
+    from edgelm_models.pull import locate
 
-    freed = remove(name)
+    if prepared:
+        what = f"what was prepared of {name or 'all models'}"
+        freed = remove_prepared(locate(name) if name is not None else None)
+    elif name is not None:
+        what, freed = name, remove(name)
+    else:
+        raise click.UsageError("name the model to remove, or clear what backends have prepared with --prepared")
     if not quiet:
-        click.echo(f"{name} is removed: {human(freed)} are free again")
+        click.echo(f"{what} is removed: {human(freed)} are free again")
 
 
 def _age(last_used_s: float | None) -> str:

@@ -109,7 +109,7 @@ def last_used_s(model: CachedModel) -> float:
 
 
 def remove(name: str) -> int:
-    """Remove `name`, what was left of its downloads, and its tokenizer cache; return the bytes freed.
+    """Remove `name`, what was left of its downloads, and what was derived from it; return the bytes freed.
 
     Raises `ModelNotFound` if there is nothing to remove, `DownloadError` while it is being pulled.
     """
@@ -170,19 +170,31 @@ def _read_manifest(folder: Path) -> CachedModel | None:
 
 
 def _remove_derived(model: CachedModel) -> int:
-    """Delete the tokenizer tables that were made from the model's header."""
+    """Delete the tokenizer tables and the prepared files that were made of the model."""
+    from edgelm.files import prepared
     from edgelm.files.gguf import open_model
     from edgelm.text.cache import default_folder
 
     try:
         key = open_model(model.file).fingerprint
     except EdgeLMError:
-        return 0  # what cannot be read left no tables
-    freed = 0
+        return 0  # what cannot be read left nothing
+    freed = prepared.remove(key)
     for tables in default_folder().glob(f"{key}-*.tables"):
         freed += tables.stat().st_size
         tables.unlink()
     return freed
+
+
+def remove_prepared(path: Path | None = None) -> int:
+    """Remove what backends prepared of the model at `path`, or of all models; return the bytes freed.
+
+    Raises what opening a model raises.
+    """
+    from edgelm.files import prepared
+    from edgelm.files.gguf import open_model
+
+    return prepared.remove(open_model(path).fingerprint if path is not None else "")
 
 
 def _remove_shared(model: CachedModel) -> int:

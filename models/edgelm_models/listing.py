@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from edgelm_models import cache
 from edgelm_models.catalogue import CATALOGUE
+
+if TYPE_CHECKING:
+    from edgelm.files.prepared import PreparedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +37,10 @@ def listing() -> list[Listed]:
         for entry in CATALOGUE.values()
         if entry.name not in names
     ]
+
+
+def prepared() -> list[PreparedFile]:
+    """Return what backends have prepared of models, what was used last first."""
+    from edgelm.files.prepared import listing
+
+    return listing()

@@ -129,7 +129,9 @@ class FakeChat:
 LOADED: list[FakeModel] = []
 
 
-def load(path: Path, *, progress: Callable[[int, int], None], **options: Any) -> FakeModel:
+def load(
+    path: Path, *, progress: Callable[[int, int], None], notice: Callable[[str], None], **options: Any
+) -> FakeModel:
     progress(1, 1)
     LOADED.append(FakeModel(Path(path), options))
     return LOADED[-1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 import os
 import signal
 import subprocess
@@ -25,7 +27,9 @@ from edgelm.files.gguf import open_model
 from edgelm.files.index import open_indexed
 from edgelm.files.model import ModelFile
 from edgelm.memory.platform import current_platform
+from edgelm.sizes import human
 from edgelm.testing import tiny_model
+from edgelm_apps.cli import main
 
 LAYOUT = Shuffled()
 
@@ -371,3 +375,39 @@ def test_preparing_takes_a_few_tiles_of_memory_and_leaves_no_cache(model: Path, 
     finally:
         platform.close(handle)
         platform.close(other)
+
+
+@pytest.fixture
+def _no_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+
+
+def command(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = main(list(argv))
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.usefixtures("_no_input")
+def test_the_command_line_shows_and_clears(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--backend", "shuffled", "--memory", "400MB", "--max-tokens", "2")
+    code, _, said = command(capsys, "run", str(model), "once", *options)
+    assert code == 0
+    assert said.count("edgelm: preparing tiny.gguf for the shuffled backend, once: ") == 1
+    code, _, said = command(capsys, "run", str(model), "once", *options)
+    assert code == 0
+    assert "prepar" not in said
+    _, table, _ = command(capsys, "list")
+    assert [line.split()[:4] for line in table.splitlines() if line.startswith(("prepared", "tiny"))] == [
+        ["prepared", "of", "size", "backend"],
+        ["tiny.gguf", *human(files()[0].stat().st_size).split(), "shuffled"],
+    ]
+    _, listed, _ = command(capsys, "list", "--json")
+    (entry,) = json.loads(listed)["prepared"]
+    assert (entry["path"], entry["model"], entry["backend"]) == (str(files()[0]), "tiny.gguf", "shuffled")
+    size = human(entry["size_bytes"])
+    assert command(capsys, "rm")[0] == 2
+    _, said, _ = command(capsys, "rm", "--prepared", str(model))
+    assert said == f"what was prepared of {model} is removed: {size} are free again\n"
+    assert not files()
+    _, said, _ = command(capsys, "rm", "--prepared")
+    assert said == "what was prepared of all models is removed: 0 B are free again\n"

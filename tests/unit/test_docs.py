@@ -101,6 +101,6 @@ def test_the_backend_of_the_documentation_is_complete() -> None:
     contract = BackendContract()
     contract.test_probe_finds_the_backend(backend)  # type: ignore[arg-type]
     session = backend.open(1)  # type: ignore[attr-defined]
-    contract.test_inputs_are_left_alone(session)
-    contract.test_abort_stops_programs_until_it_is_taken_back(session)
+    contract.test_inputs_are_left_alone(backend, session)  # type: ignore[arg-type]
+    contract.test_abort_stops_programs_until_it_is_taken_back(backend, session)  # type: ignore[arg-type]
     session.close()

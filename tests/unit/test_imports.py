@@ -32,12 +32,12 @@ ARCHITECTURE_MAY = {
 }  # fmt: skip
 BACKEND_MAY = {"edgelm.errors", "edgelm.sizes", "edgelm.engine.backend", "edgelm.engine.ir", "edgelm.files.ggml_types"}
 APPS_MAY = {"edgelm", "edgelm.errors", "edgelm.sizes"}
-CATALOGUE_MAY = BASE | {"edgelm.files.gguf", "edgelm.text.cache"}
+CATALOGUE_MAY = BASE | {"edgelm.files", "edgelm.files.gguf", "edgelm.files.prepared", "edgelm.text.cache"}
 
 MODULE_LINES = 400
 FOLDER_LINES = {  # raised only on purpose
     "edgelm": 2200,
-    "edgelm/files": 1800,
+    "edgelm/files": 2000,
     "edgelm/text": 2900,
     "edgelm/memory": 3400,
     "edgelm/engine": 3700,
