@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from edgelm.engine.ir import Segment, Weight
 from edgelm.files.ggml_types import TensorType
 from edgelm.files.model import TensorInfo
-from edgelm.memory.arena import CacheLayout as CacheLayout
+from edgelm.memory.cache_layout import CacheLayout as CacheLayout
 
 
 class Availability(NamedTuple):

@@ -8,12 +8,13 @@ ring, if the backend allows it. Knows positions and bytes, no model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.memory.buffer import Buffer, align_up
+from edgelm.memory.cache_layout import USUAL, CacheLayout
 
 LENGTH_STEP = 256
 """Passes see the cache in steps of this many places, so that a compiled pass serves for many tokens."""
@@ -21,26 +22,6 @@ PLACE_STEP = 32
 _MASK_ROWS = 32
 _HANDED_OVER = 128
 """Positions that are handed over at a time: a few hundred kilobytes of numbers."""
-
-
-class CacheLayout(NamedTuple):
-    """How a backend wants keys and values to lie. Keys are always [head, place, dimension].
-
-    `item`: "f16" or "f32". `values`: "dim_place" is [head, dimension, place] (with the places innermost, the weighted
-    sum over values is a matrix product without a copy), "place_dim" as the keys. Without `rings` layers with a window
-    have a place for every position, too, and the place is the position.
-    """
-
-    item: Literal["f16", "f32"] = "f16"
-    values: Literal["dim_place", "place_dim"] = "dim_place"
-    rings: bool = True
-
-    @property
-    def dtype(self) -> type[np.float16] | type[np.float32]:
-        return np.float16 if self.item == "f16" else np.float32
-
-
-USUAL = CacheLayout()
 
 
 class LayerCache(NamedTuple):

@@ -20,7 +20,7 @@ from edgelm.engine.ops import Ops, Tensor
 from edgelm.engine.preparing import packed_bytes
 from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.model import TensorInfo
-from edgelm.memory.arena import USUAL
+from edgelm.memory.cache_layout import USUAL
 from edgelm.testing import reference
 from edgelm.testing.blocks import random_weights
 

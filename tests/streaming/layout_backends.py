@@ -27,8 +27,8 @@ from edgelm.engine.ir import AttendSpec, Segment, Weight
 from edgelm.engine.registry import get_backend
 from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.model import TensorInfo
-from edgelm.memory.arena import USUAL
 from edgelm.memory.buffer import align_up
+from edgelm.memory.cache_layout import USUAL
 
 STEP = 32
 PLAIN = frozenset({TensorType.F16})

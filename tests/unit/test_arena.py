@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelm.memory.arena import LENGTH_STEP, PLACE_STEP, CacheLayout, KVArena, LayerCache, cache_bytes, capacity
+from edgelm.memory.arena import LENGTH_STEP, PLACE_STEP, KVArena, LayerCache, cache_bytes, capacity
+from edgelm.memory.cache_layout import CacheLayout
 
 FULL, RING = 0, 1
 
