@@ -5,19 +5,28 @@ The order matters: what stays in the process is loaded first and measured, then 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from edgelm.engine.backend import Backend, Session, layout_of
 from edgelm.engine.calibration import measured_rates
+from edgelm.engine.choosing import Asked, choose
 from edgelm.engine.demand import CHUNKS, RESERVE_BYTES
 from edgelm.engine.forward import Engine
-from edgelm.engine.health import choose
+from edgelm.engine.health import open_session
 from edgelm.engine.loading import Prepared, Request, build, default_context, prepare
-from edgelm.errors import ConfigError
+from edgelm.errors import (
+    BackendUnavailable,
+    BudgetTooSmall,
+    ConfigError,
+    EdgeLMError,
+    PreparationError,
+    UnsupportedModel,
+)
 from edgelm.files.index import open_indexed
 from edgelm.files.model import ModelFile
 from edgelm.memory.meter import Meter
@@ -65,7 +74,7 @@ class _Making:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ready:
+class Ready:
     """All but the weights."""
 
     file: ModelFile
@@ -75,6 +84,8 @@ class _Ready:
     store: Store
     prepared: Prepared
     notes: tuple[str, ...]
+    lost: tuple[str, ...]
+    """What converting the weights loses, a sentence each."""
 
 
 def open_engine(
@@ -91,7 +102,7 @@ def open_engine(
 ) -> Opened:
     """Load a model inside a budget; see `edgelm.load`."""
     making = _Making(progress, notice)
-    ready = _get_ready(path, memory, backend, threads, context, max_outputs, simulate, making)
+    ready = get_ready(path, memory, backend, threads, context, max_outputs, simulate, making)
     try:
         file = ready.prepared.file
         loader = open_loader([str(part) for part in file.paths], ready.store)
@@ -118,13 +129,13 @@ def plan(
     simulate: str | None = None,
 ) -> Plan:
     """Return the plan that `load` would carry out, without reading weights. Raises what `load` raises."""
-    ready = _get_ready(path, memory, backend, threads, context, 1, simulate)
+    ready = get_ready(path, memory, backend, threads, context, 1, simulate)
     ready.session.close()
     ready.store.close()
     return ready.prepared.plan
 
 
-def _get_ready(
+def get_ready(
     path: str | PathLike[str],
     memory: str | int | None,
     backend: str,
@@ -133,27 +144,72 @@ def _get_ready(
     max_outputs: int,
     simulate: str | None,
     making: _Making | None = None,
-) -> _Ready:
-    """Decide everything. Without `making` nothing is written: the plan is that of a model that would be prepared."""
-    device = get_device(simulate) if simulate is not None else None
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads must be at least 1, got {threads}")
-    platform = current_platform()
-    n_threads = threads or (min(platform.cores(), device.n_threads) if device else platform.cores())
+    host_bytes: int | None = None,
+) -> Ready:
+    """Decide everything. Without `making` nothing is written: the plan is that of a model that would be prepared.
+
+    Takes the first of the chosen backends that goes through with it. `host_bytes`: this is done on trial for another
+    process, which takes so much.
+    """
+    device = device_of(simulate, threads)
+    n_threads = threads_of(threads, device)
     tune_allocator()
     source = open_indexed(path)
-    chosen, notes = choose(source, backend)  # a trial run in a child, if any, comes before this process grows
+    budget_bytes, note = budget_of(memory, device)
+    asked = Asked(os.fspath(path), budget_bytes, n_threads, context, max_outputs, simulate)
+    host = _Host(current_platform().rss_bytes(), host_bytes)
+    choice = choose(source, backend, asked)  # trial runs in children, if any, come before this process grows
     tokenizer = load_tokenizer(source)
-    budget_bytes, note = _budget(memory, device)
-    request = Request(budget_bytes, context, n_threads, max_outputs)
-    session = chosen.open(n_threads)
+    failures: list[EdgeLMError] = []
+    notes = list(note)
+    for name in choice.names:
+        try:
+            ready = _with_backend(name, source, tokenizer, asked, device, making, host)
+        except (BackendUnavailable, BudgetTooSmall, PreparationError, UnsupportedModel) as exc:
+            failures.append(exc)
+            notes.append(f"{name}: passed over after all, {getattr(exc, 'reason', exc)}")
+        else:
+            return replace(ready, notes=(*notes, *choice.notes, *ready.notes))
+    too_small = [exc for exc in failures if isinstance(exc, BudgetTooSmall)]
+    raise min(too_small, key=lambda exc: exc.needed_bytes) if too_small else failures[0]
+
+
+class _Host(NamedTuple):
+    """What this process took when it had loaded nothing, and what the one takes for which this is a trial, if any."""
+
+    here_bytes: int
+    there_bytes: int | None
+
+    @property
+    def beside_bytes(self) -> int:
+        return self.there_bytes or 0
+
+    @property
+    def more_bytes(self) -> int:
+        """What the other process will take more than this one."""
+        return 0 if self.there_bytes is None else self.there_bytes - self.here_bytes
+
+
+def _with_backend(
+    name: str,
+    source: ModelFile,
+    tokenizer: Tokenizer,
+    asked: Asked,
+    device: Device | None,
+    making: _Making | None,
+    host: _Host,
+) -> Ready:
+    budget_bytes, n_threads = asked.budget_bytes, asked.n_threads
+    request = Request(budget_bytes, asked.context, n_threads, asked.max_outputs)
+    chosen, session = open_session(name, n_threads)
     store: Store | None = None
     try:
-        file, readable, told = _in_layout(source, chosen, session, request, making)
+        file, readable, told, lost = _in_layout(source, chosen, session, request, making)
         store, _ = open_store([str(part) for part in readable.paths])
         if device:
             store = ThrottledStore(store, device.flash_bytes_per_s, device.latency_s)
-        room = min(max(budget_bytes - platform.rss_bytes() - SPARE_BYTES, 0), MEASURING_BYTES)
+        free_bytes = budget_bytes - current_platform().rss_bytes() - host.beside_bytes - SPARE_BYTES
+        room = min(max(free_bytes, 0), MEASURING_BYTES)
         pattern = _pattern(store, readable, room, device) if device or _may_stream(file, budget_bytes) else None
         flash_bytes_per_s = pattern.bytes_per_s if pattern else 0.0
         reads = (store, readable) if pattern else None
@@ -161,38 +217,51 @@ def _get_ready(
         if device:
             rates = replace(rates, simulated=device.name)
         trim()
-        prepared = prepare(file, chosen, session, request, _process_bytes(source), rates, pattern)
+        process_bytes = _process_bytes(source) + host.more_bytes
+        prepared = prepare(file, chosen, session, request, process_bytes, rates, pattern)
     except BaseException:
         session.close()
         if store is not None:
             store.close()
         raise
-    return _Ready(source, tokenizer, chosen, session, store, prepared, (*note, *notes, *told))
+    return Ready(source, tokenizer, chosen, session, store, prepared, told, lost)
 
 
 def _in_layout(
     source: ModelFile, backend: Backend, session: Session, request: Request, making: _Making | None
-) -> tuple[ModelFile, ModelFile, tuple[str, ...]]:
-    """Return the model as the backend wants it, the model whose files can be read, and what the user should know.
+) -> tuple[ModelFile, ModelFile, tuple[str, ...], tuple[str, ...]]:
+    """Return the model as the backend wants it, the model whose files can be read, what the user should know, and what
+    is lost.
 
     Its matrices are put into the backend's layout if they never were; without `making` that is only reckoned.
     """
     layout = layout_of(backend)
     if layout is None:
-        return source, source, ()
+        return source, source, (), ()
     from edgelm.engine.preparing import look_up, prepare_file
 
     found = look_up(source, layout)
     if found.exists:
-        return found.file, found.file, found.errors
+        return found.file, found.file, found.errors, found.errors
     if making is None:
-        return found.file, source, found.errors
+        return found.file, source, found.errors, found.errors
     prepare(found.file, backend, session, request, _process_bytes(source), None)  # refuses before the work, not after
     where = f"{human(found.file.file_bytes[0])} in {found.file.paths[0].parent}"
     if making.notice is not None:
         making.notice(f"preparing {source.paths[0].name} for the {backend.name} backend, once: {where}")
     file = prepare_file(source, layout, backend.name, making.progress)
-    return file, file, (*found.errors, f"prepared for the {backend.name} backend: {where}")
+    return file, file, (*found.errors, f"prepared for the {backend.name} backend: {where}"), found.errors
+
+
+def device_of(simulate: str | None, threads: int | None) -> Device | None:
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads must be at least 1, got {threads}")
+    return get_device(simulate) if simulate is not None else None
+
+
+def threads_of(threads: int | None, device: Device | None) -> int:
+    cores = current_platform().cores()
+    return threads or (min(cores, device.n_threads) if device else cores)
 
 
 def _old_tables(file: ModelFile) -> tuple[str, ...]:
@@ -232,7 +301,7 @@ def _process_bytes(file: ModelFile) -> int:
     return Meter().sample().rss_bytes + late
 
 
-def _budget(memory: str | int | None, device: Device | None) -> tuple[int, tuple[str, ...]]:
+def budget_of(memory: str | int | None, device: Device | None) -> tuple[int, tuple[str, ...]]:
     """Return the budget in bytes and, if nobody stated one or a device is simulated, a sentence on that."""
     simulated = (
         (f"simulated flash of {device}; the processor is this machine's own, not slowed down",) if device else ()

@@ -23,11 +23,15 @@ class Availability(NamedTuple):
 
 
 class Capabilities(NamedTuple):
-    """What a backend can do: the tensor types of its matrices, and whether weights may move between passes."""
+    """What a backend can do: the tensor types of its matrices, and whether weights may move between passes.
+
+    A `simulated` one computes for a device that is not there; it is never chosen unless it is asked for by name.
+    """
 
     types: frozenset[TensorType]
     streams: bool = True
     cache: CacheLayout = CacheLayout()
+    simulated: bool = False
 
 
 class Packed(NamedTuple):
@@ -118,7 +122,10 @@ class Program(Protocol):
 
 @runtime_checkable
 class Session(Protocol):
-    """An open backend: its library is loaded, its threads exist."""
+    """An open backend: its library is loaded, its threads exist.
+
+    One with an attribute `version: str` says what it has loaded: it must be what `Backend.probe` said.
+    """
 
     def compile(self, segment: Segment, shape: PassShape) -> Program: ...
 
@@ -158,7 +165,11 @@ class Adopting(Protocol):
 
 
 class Backend(Protocol):
-    """A way to compute. One small package each, registered under the entry point `edgelm.backends`."""
+    """A way to compute. One small package each, registered under the entry point `edgelm.backends`.
+
+    A method `identity() -> str` may say what changes whenever its library does, loading nothing; else it is the file
+    of the backend's module.
+    """
 
     name: str
 

@@ -93,6 +93,7 @@ def measured_rates(
         pass_overhead_s=kernels.overhead_s() * n_matrices,
         token_overhead_s=kernels.overhead_s(WIDE) * n_matrices / WIDE,
         read_cost_s_per_byte=kernels.read_cost_s_per_byte(*reads) if reads else 0.0,
+        steady=kernels.steady,
     )
 
 
@@ -108,6 +109,7 @@ class _Kernels:
         self._path = places[self._n_bytes < wanted]
         # what was measured with more room is better than what little room would tell
         self._known = _kept(places[1]) | _kept(places[0])
+        self.steady = True
 
     def bytes_per_s(self, kind: TensorType, width: int, n_tokens: int = 1) -> float:
         """Bytes of weights times tokens a second."""
@@ -131,6 +133,7 @@ class _Kernels:
         if name in self._known:
             return self._known[name]
         value, steady = measure()
+        self.steady &= steady
         if steady:
             self._known[name] = value
             _keep(self._path, _kept(self._path) | {name: value})

@@ -52,6 +52,20 @@ def edgelm_version() -> str:
     return str(getattr(sys.modules["edgelm"], "__version__", ""))
 
 
+def file_facts(path: Path) -> str:
+    """Return path, size and time of change of a file as one string."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return f"{path} missing"
+    return f"{path} {facts.st_size} {facts.st_mtime_ns}"
+
+
+def release(*modules: str) -> str:
+    """Return edgelm's version, and the facts of these files of it: an editable install changes without a new number."""
+    return " ".join((edgelm_version(), *(file_facts(Path(module)) for module in modules)))
+
+
 def digest(*facts: object) -> str:
     """Return a short hexadecimal key of these facts."""
     return blake2b("\0".join(map(str, facts)).encode(), digest_size=10).hexdigest()

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from edgelm.engine.entries import entries
+from edgelm.engine.machine import file_facts
 from edgelm.errors import BackendUnavailable, UnknownBackend, UnsupportedModel
 
 if TYPE_CHECKING:  # a child process that tries a backend has no use for NumPy
@@ -31,14 +35,25 @@ HINTS: Mapping[str, str] = {
 
 def backend_names() -> tuple[str, ...]:
     """Return the names of all registered backends, built-ins first."""
-    return tuple(dict.fromkeys((*BACKENDS, *_entries("edgelm.backends"))))
+    return tuple(dict.fromkeys((*BACKENDS, *entries("edgelm.backends"))))
+
+
+def origin(name: str) -> str:
+    """Return what a backend's name stands for and the facts of that package's file, importing nothing.
+
+    Raises `UnknownBackend`.
+    """
+    target = _target(name)
+    try:
+        spec = find_spec(target.partition(":")[0].partition(".")[0])
+    except ValueError:  # a module of that name has none
+        spec = None
+    return f"{target} {file_facts(Path(spec.origin))}" if spec is not None and spec.origin else target
 
 
 def get_backend(name: str) -> Backend:
     """Return the backend of this name. Raises `UnknownBackend`, or `BackendUnavailable` if it cannot be imported."""
-    target = BACKENDS.get(name) or _entries("edgelm.backends").get(name)
-    if target is None:
-        raise UnknownBackend(name, backend_names())
+    target = _target(name)
     try:
         return cast("Backend", _load(target))
     except ImportError as exc:
@@ -47,7 +62,7 @@ def get_backend(name: str) -> Backend:
 
 def get_architecture(name: str) -> Architecture:
     """Return the architecture of this name. Raises `UnsupportedModel`."""
-    target = ARCHITECTURES.get(name) or _entries("edgelm.architectures").get(name)
+    target = ARCHITECTURES.get(name) or entries("edgelm.architectures").get(name)
     if target is None:
         raise UnsupportedModel(
             f"architecture {name!r} is not supported (supported: {', '.join(sorted(ARCHITECTURES))}); "
@@ -56,10 +71,11 @@ def get_architecture(name: str) -> Architecture:
     return cast("Architecture", _load(target))
 
 
-def _entries(group: str) -> dict[str, str]:
-    from importlib.metadata import entry_points  # 10 ms: only for names that are not built in
-
-    return {entry.name: entry.value for entry in entry_points(group=group)}
+def _target(name: str) -> str:
+    target = BACKENDS.get(name) or entries("edgelm.backends").get(name)
+    if target is None:
+        raise UnknownBackend(name, backend_names())
+    return target
 
 
 def _load(target: str) -> Any:

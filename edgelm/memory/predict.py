@@ -30,6 +30,8 @@ class Rates:
     read_cost_s_per_byte: float = 0.0
     simulated: str | None = None
     """The device whose flash it is, if not this one's."""
+    steady: bool = True
+    """Whether repeated measurements agreed; if not, the machine was busy, and another time would say something else."""
 
     def compute_s(self, n_bytes: int, n_tokens: int = 1) -> float:
         """Return the seconds that `n_tokens` take with weights of `n_bytes`, overhead apart."""

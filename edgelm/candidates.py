@@ -1,0 +1,62 @@
+"""Every backend considered for one model and one budget: what the user is shown, and what a child process finds out."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from edgelm.engine.choosing import Asked, Candidate, consider
+from edgelm.errors import BackendUnavailable, BudgetTooSmall, UnsupportedModel
+from edgelm.files.index import open_indexed
+from edgelm.opening import budget_of, device_of, get_ready, threads_of
+
+
+def candidates(
+    path: str | os.PathLike[str],
+    *,
+    memory: str | int | None = None,
+    threads: int | None = None,
+    context: int | None = None,
+    simulate: str | None = None,
+    recheck: bool = False,
+) -> tuple[Candidate, ...]:
+    """Return every registered backend with what it would do with this model, the one that `load` takes first.
+
+    Each is measured in a child process, or recalled; `recheck` tries and measures them all again. Raises what `load`
+    raises about the file and the options.
+    """
+    device = device_of(simulate, threads)
+    budget_bytes, _ = budget_of(memory, device)
+    asked = Asked(os.fspath(path), budget_bytes, threads_of(threads, device), context, 1, simulate)
+    return consider(open_indexed(path), asked, fresh=recheck)
+
+
+def weigh(
+    path: str,
+    memory: int,
+    backend: str,
+    threads: int,
+    context: int | None,
+    max_outputs: int,
+    simulate: str | None,
+    host_bytes: int,
+) -> dict[str, Any]:
+    """Return what this backend would do in another process, which takes `host_bytes`: fields of `Weighed`."""
+    try:
+        ready = get_ready(path, memory, backend, threads, context, max_outputs, simulate, host_bytes=host_bytes)
+    except BudgetTooSmall as exc:
+        return {"needed_bytes": exc.needed_bytes - host_bytes}
+    except (BackendUnavailable, UnsupportedModel) as exc:
+        return {"why_not": getattr(exc, "reason", str(exc))}
+    ready.session.close()
+    ready.store.close()
+    plan, file = ready.prepared.plan, ready.prepared.file
+    to_prepare = file is not ready.file and not file.paths[0].exists()
+    return {
+        "decode_tps": plan.predicted_decode_tps,
+        "planned_bytes": plan.planned_bytes - host_bytes,
+        "streamed_bytes": plan.streamed_bytes,
+        "prepare_bytes": file.file_bytes[0] if to_prepare else 0,
+        "loss": "; ".join(ready.lost),
+        "steady": plan.rates is None or plan.rates.steady,
+    }

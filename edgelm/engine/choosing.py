@@ -1,0 +1,281 @@
+"""Which backend computes a model best on this device within a budget, and why each other one was passed over.
+
+What a candidate would do is found out in a child process, which loads its library in place of this one, and is kept;
+ranking is arithmetic on that. Opens no backend.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from edgelm.engine.children import can_start, run_child
+from edgelm.engine.health import ORACLE, Verdict, check
+from edgelm.engine.registry import backend_names, get_backend
+from edgelm.engine.weighed import Weighed, keep, recall
+from edgelm.errors import BackendUnavailable, UnsupportedModel
+from edgelm.files.model import ModelFile
+from edgelm.memory.platform import current_platform
+from edgelm.sizes import human
+
+ORDER = ("llamacpp", "onnx", "mlx")
+"""Who goes first where speeds are equal or unknown; then come strangers, and the oracle last."""
+TIMEOUT_S = 60.0
+EQUAL = 0.95
+"""Share of the best speed from which a candidate counts as equally fast: measurements differ by more from day to day."""
+ROOMY = 2
+"""A budget of so many times the model's size holds it with every backend."""
+_CHILD = """
+import json, sys
+from edgelm.candidates import weigh
+report(**weigh(**json.loads(sys.argv[1])), done=True)
+"""
+
+
+class Asked(NamedTuple):
+    """How a model is to be loaded, as far as that decides which backend is best."""
+
+    path: str
+    budget_bytes: int
+    n_threads: int
+    context: int | None = None
+    max_outputs: int = 1
+    simulate: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A backend, considered for one model and one budget. `reason` says why it was chosen or passed over.
+
+    `predicted_decode_tps`, `planned_bytes` (of the whole process) and `streamed_bytes` (read from flash for each token)
+    are what its plan says, from kernels measured on this device; None if nothing was measured. `needed_bytes` is the
+    smallest budget that works, if this one does not. `prepare_bytes` are to be written to the cache folder before the
+    first start. `loss` says what converting the weights loses; empty if nothing.
+    """
+
+    name: str
+    version: str | None
+    chosen: bool
+    reason: str
+    predicted_decode_tps: float | None = None
+    planned_bytes: int | None = None
+    streamed_bytes: int | None = None
+    needed_bytes: int | None = None
+    prepare_bytes: int = 0
+    loss: str = ""
+    simulated: bool = False
+
+
+class Choice(NamedTuple):
+    """Backends to try, the best first, and sentences for the user: on the first, and on those that are broken."""
+
+    names: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class _Seen(NamedTuple):
+    """A candidate on its way. `why_not` is set once it is out."""
+
+    name: str
+    verdict: Verdict
+    simulated: bool = False
+    why_not: str = ""
+    broken: bool = False
+    weighed: Weighed | None = None
+
+    @property
+    def fits(self) -> bool:
+        return not self.why_not and not (self.weighed and self.weighed.needed_bytes)
+
+
+def choose(file: ModelFile, wanted: str, asked: Asked) -> Choice:
+    """Return the backend that is asked for, or for `auto` those that could compute the model, the best first.
+
+    Raises `UnknownBackend`; `BackendUnavailable` if the wanted one does not work here; `UnsupportedModel` if none that
+    works computes the model.
+    """
+    if wanted != "auto":
+        found = check(wanted)
+        if not found.available:
+            raise BackendUnavailable(wanted, found.reason)
+        return Choice((wanted,), (f"{wanted}: chosen, as asked for ({found.version})",))
+    ranked = _ranked(file, asked)
+    reasons = _reasons(ranked)
+    usable = [seen for seen in ranked if not seen.why_not and not seen.simulated]
+    if not usable:
+        all_of_them = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise UnsupportedModel(f"no backend computes this model ({all_of_them}); try another quantization")
+    # where none keeps the budget, the one that needs least says what it needs
+    names = tuple(seen.name for seen in usable if seen.fits) or (usable[0].name,)
+    if usable[0].fits and ORACLE not in names:
+        names += (ORACLE,)  # should the others fail after all
+    said = [seen.name for seen in ranked if seen.broken or (seen.name == names[0] and seen.fits)]
+    return Choice(names, tuple(f"{name}: {reasons[name]}" for name in said))
+
+
+def consider(file: ModelFile, asked: Asked) -> tuple[Candidate, ...]:
+    """Return every registered backend, the chosen one first, each measured as far as it works."""
+    ranked = _ranked(file, asked, everything=True)
+    reasons = _reasons(ranked)
+    host_bytes = current_platform().rss_bytes()
+    return tuple(_candidate(seen, reasons[seen.name], i == 0, host_bytes) for i, seen in enumerate(ranked))
+
+
+def _candidate(seen: _Seen, reason: str, first: bool, host_bytes: int) -> Candidate:
+    candidate = Candidate(
+        seen.name,
+        seen.verdict.version or None,
+        chosen=first and seen.fits and not seen.simulated,
+        reason=reason,
+        simulated=seen.simulated,
+    )
+    weighed = seen.weighed
+    if weighed is None or weighed.why_not:
+        return candidate
+    candidate = replace(candidate, prepare_bytes=weighed.prepare_bytes, loss=weighed.loss)
+    if weighed.needed_bytes:
+        return replace(candidate, needed_bytes=weighed.needed_bytes + host_bytes)
+    return replace(
+        candidate,
+        predicted_decode_tps=weighed.decode_tps or None,
+        planned_bytes=weighed.planned_bytes + host_bytes,
+        streamed_bytes=weighed.streamed_bytes,
+    )
+
+
+def _ranked(file: ModelFile, asked: Asked, everything: bool = False) -> list[_Seen]:
+    """Return all candidates, the best first; those that are out, last.
+
+    Only what decides is measured: the oracle where no other keeps the budget, and nothing at all where a single other
+    one works and the budget is ample. `everything`: all that works, and simulated ones too.
+    """
+    seen = [_look(name, file) for name in _names()]
+    real = [one for one in seen if not one.why_not and not one.simulated]
+    spare = asked.budget_bytes - current_platform().rss_bytes()
+    tight = ROOMY * sum(file.file_bytes) > spare
+    weigh = _weigher(file, asked, spare) if can_start() else lambda one: one
+    if everything:
+        seen = [one if one.why_not else weigh(one) for one in (*seen, _look(ORACLE, file))]
+    elif len(real) > 1 or tight:
+        seen = [weigh(one) if one in real else one for one in seen]
+    if not everything and not any(one.fits and not one.simulated for one in seen):
+        oracle = _look(ORACLE, file)  # 5 ms, else spared
+        seen.append(weigh(oracle) if tight and not oracle.why_not else oracle)
+    return sorted(seen, key=_rank(seen))
+
+
+def _names() -> Iterator[str]:
+    names = backend_names()
+    yield from (name for name in ORDER if name in names)
+    yield from (name for name in names if name not in ORDER and name != ORACLE)
+
+
+def _look(name: str, file: ModelFile) -> _Seen:
+    """See what can be seen without loading a library: health, and the types of the tensors."""
+    verdict = check(name)
+    if not verdict.available:
+        return _Seen(name, verdict, why_not=verdict.reason, broken=verdict.broken)
+    can = get_backend(name).capabilities()
+    missing = {info.type for info in file.tensors.values() if info.n_rows > 1} - can.types
+    why_not = f"it does not compute {', '.join(sorted(kind.name for kind in missing))}" if missing else ""
+    return _Seen(name, verdict, can.simulated, why_not)
+
+
+def _weigher(file: ModelFile, asked: Asked, spare: int) -> Callable[[_Seen], _Seen]:
+    """Return what adds to a candidate what it would do within `spare` bytes beside this process as it is."""
+    facts = (file.fingerprint, *file.paths, asked.n_threads, asked.context, asked.max_outputs, asked.simulate)
+
+    def weigh(seen: _Seen) -> _Seen:
+        identity = seen.verdict.identity or ""
+        found = recall(facts, seen.name, identity, spare)
+        if found is None:
+            found = _weigh_in_child(seen.name, asked)
+            keep(facts, seen.name, identity, spare, found)
+        return seen._replace(weighed=found, why_not=found.why_not, broken=found.broken)
+
+    return weigh
+
+
+def _weigh_in_child(name: str, asked: Asked) -> Weighed:
+    request = {
+        "path": asked.path,
+        "memory": asked.budget_bytes,
+        "backend": name,
+        "threads": asked.n_threads,
+        "context": asked.context,
+        "max_outputs": asked.max_outputs,
+        "simulate": asked.simulate,
+        "host_bytes": current_platform().rss_bytes(),
+    }
+    facts, problem, doubtful = run_child(_CHILD, (json.dumps(request),), TIMEOUT_S, "being measured")
+    done = facts.pop("done", False)
+    if not problem and not done:
+        problem, doubtful = "it gave no answer when it was measured", True
+    if problem:
+        return Weighed(why_not=problem, broken=True, steady=not doubtful)
+    return Weighed(**facts)
+
+
+def _rank(seen: Sequence[_Seen]) -> Callable[[_Seen], tuple[float, ...]]:
+    """Return the key to sort by: what is out last, simulated ones before, then the oracle, inexact ones, by speed."""
+    order = {one.name: i for i, one in enumerate(seen)}
+    fastest = _fastest(seen)
+
+    def key(one: _Seen) -> tuple[float, ...]:
+        weighed, place = one.weighed or Weighed(), order[one.name]
+        speed = -math.inf if weighed.decode_tps >= EQUAL * fastest[_class(one)] else -weighed.decode_tps
+        return (bool(one.why_not), one.simulated, weighed.needed_bytes, _class(one), speed, place)
+
+    return key
+
+
+def _class(one: _Seen) -> int:
+    return 2 if one.name == ORACLE else 1 if one.weighed and one.weighed.loss else 0
+
+
+def _fastest(seen: Sequence[_Seen]) -> dict[int, float]:
+    found = {0: 0.0, 1: 0.0, 2: 0.0}
+    for one in seen:
+        if one.fits and not one.simulated and one.weighed:
+            found[_class(one)] = max(found[_class(one)], one.weighed.decode_tps)
+    return found
+
+
+def _reasons(ranked: Sequence[_Seen]) -> dict[str, str]:
+    """Return for each candidate why it was chosen or passed over."""
+    best = ranked[0]
+    chosen = best.fits and not best.simulated
+    said = {one.name: f"passed over, {_why_over(one, best)}" for one in ranked}
+    if chosen:
+        said[best.name] = f"chosen, {_why(best, ranked[1:])}"
+    return said
+
+
+def _why(best: _Seen, others: Sequence[_Seen]) -> str:
+    rivals = [one for one in others if one.fits and not one.simulated and one.name != ORACLE]
+    version = best.verdict.version
+    if best.name == ORACLE or not rivals:
+        return f"no other works here within the budget ({version})"
+    assert best.weighed is not None  # rivals are always measured
+    speed = f"{best.weighed.decode_tps:.1f} tok/s predicted ({version})"
+    equals = [one for one in rivals if _class(one) == _class(best)]
+    if not equals:
+        return f"it keeps the model's numbers, {speed}"
+    return f"the fastest: {speed}"
+
+
+def _why_over(one: _Seen, best: _Seen) -> str:
+    if one.why_not:
+        return one.why_not
+    if one.simulated:
+        return "it is simulated: taken only when asked for by name"
+    if one.weighed and one.weighed.needed_bytes:
+        return "the budget is too small for it"
+    if one.name == ORACLE:
+        return "the reference: taken where no other works"
+    if _class(one) > _class(best):
+        return f"it loses precision: {one.weighed.loss if one.weighed else ''}"
+    return "slower" if one.weighed and best.weighed else "not measured"
