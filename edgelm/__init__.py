@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from os import PathLike
 
+    from edgelm.candidates import candidates
     from edgelm.chat import Chat
+    from edgelm.engine.choosing import Candidate
     from edgelm.memory.plan import Plan
     from edgelm.memory.timeline import Timeline
     from edgelm.model import Model
@@ -49,6 +51,7 @@ __all__ = [
     "BackendUnavailable",
     "BudgetTooSmall",
     "Cancelled",
+    "Candidate",
     "Chat",
     "Chunk",
     "ConfigError",
@@ -70,6 +73,7 @@ __all__ = [
     "UnsupportedModel",
     "Usage",
     "backends",
+    "candidates",
     "devices",
     "doctor",
     "inspect",
@@ -80,6 +84,7 @@ __all__ = [
 
 _HOMES = {
     "BackendReport": "edgelm.reports",
+    "Candidate": "edgelm.engine.choosing",
     "Chat": "edgelm.chat",
     "Chunk": "edgelm.usage",
     "Device": "edgelm.simulated",
@@ -91,6 +96,7 @@ _HOMES = {
     "Timeline": "edgelm.memory.timeline",
     "Usage": "edgelm.usage",
     "backends": "edgelm.reports",
+    "candidates": "edgelm.candidates",
     "devices": "edgelm.simulated",
     "doctor": "edgelm.reports",
     "inspect": "edgelm.reports",

@@ -60,13 +60,17 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True)
 class BackendReport:
-    """Whether a backend works here. `reason` says why not; `capabilities` is empty then."""
+    """Whether a backend works here. `reason` says why not; `capabilities` is empty then.
+
+    `broken`: it did not say so itself, but crashed, hung, or was caught at wrong answers when it was tried.
+    """
 
     name: str
     version: str | None
     available: bool
     reason: str | None
     capabilities: Mapping[str, Any]
+    broken: bool = False
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
@@ -131,9 +135,10 @@ def _plain(value: Any) -> Any:
 def _report(name: str, recheck: bool) -> BackendReport:
     found = check(name, fresh=recheck)
     if not found.available:
-        return BackendReport(name, found.version or None, False, found.reason, MappingProxyType({}))
+        return BackendReport(name, found.version or None, False, found.reason, MappingProxyType({}), found.broken)
     can = get_backend(name).capabilities()
-    capabilities = {"streams": can.streams, "tensor_types": tuple(sorted(kind.name for kind in can.types))}
+    capabilities: dict[str, Any] = {"simulated": True} if can.simulated else {}
+    capabilities |= {"streams": can.streams, "tensor_types": tuple(sorted(kind.name for kind in can.types))}
     return BackendReport(name, found.version or None, True, None, MappingProxyType(capabilities))
 
 
@@ -199,6 +204,11 @@ def _reading(found: Calibration) -> dict[str, Any]:
 def _warnings(facts: Mapping[str, Any], reports: tuple[BackendReport, ...]) -> list[str]:
     found = []
     works = {report.name for report in reports if report.available}
+    found += [
+        f"{report.name} is not used: {report.reason}; reinstall or remove it, then run `edgelm doctor --recheck`"
+        for report in reports
+        if report.broken
+    ]
     compilers = [name for name in _COMPILERS if shutil.which(name)]
     if "llamacpp" not in works:
         found.append(f"llamacpp, the fastest backend, does not work here; {HINTS['llamacpp']}")

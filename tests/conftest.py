@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,6 +46,59 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("USERPROFILE", str(folder))
     monkeypatch.setenv("EDGELM_CACHE", str(folder / "cache"))
+
+
+STRANGER = """
+import os, signal, sys, time
+from pathlib import Path
+from edgelm.engine.backend import Availability, Capabilities
+from edgelm.files.ggml_types import TensorType
+from edgelm_numpy import BACKEND as NUMPY
+
+class Session:
+    \"\"\"NumPy's, but for what a test changes.\"\"\"
+    def __init__(self, inner):
+        self._inner = inner
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+class Backend:
+    name = {name!r}
+    def probe(self):
+        return Availability(True, version="1.0")
+    def capabilities(self):
+        return Capabilities(NUMPY.capabilities().types)
+    def open(self, n_threads):
+        return Session(NUMPY.open(n_threads))
+
+{changes}
+BACKEND = Backend()
+"""
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def install_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Install a stranger's backend for this test: `install_backend(name, changes)`; children find it too.
+
+    It lends NumPy's programs; `changes` is code that may change the classes `Backend` and `Session`. Returns the name
+    of its module.
+    """
+    folder = tmp_path / "strangers"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, sys.path)]))
+
+    def install(name: str, changes: str = "") -> str:
+        module = f"stranger_{name}_{next(_numbers)}"  # what was imported for another test stays imported
+        (folder / f"{module}.py").write_text(STRANGER.format(name=name, changes=changes), encoding="utf-8")
+        about = folder / f"{module}-1.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(f"[edgelm.backends]\n{name} = {module}:BACKEND\n")
+        return module
+
+    return install
 
 
 @pytest.fixture

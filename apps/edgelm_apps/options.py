@@ -59,25 +59,37 @@ simulate_option = click.option(
 )
 
 
+_memory = click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Budget of the whole process: 300MB, 1GiB. [default: what the device can spare]",
+)
+_threads = click.option(
+    "--threads", type=click.IntRange(min=1), help="Computing threads. [default: free physical cores]"
+)
+_context = click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Tokens that prompt and answer may have. [default: what model and budget allow]",
+)
+
+
+def budget_options(command: F) -> F:
+    """`--memory --threads --context --simulate`: how a model is loaded, whatever computes."""
+    return _together(_memory, _threads, _context, simulate_option)(command)
+
+
 def engine_options(command: F) -> F:
     """`--memory --backend --threads --context --simulate`: how a model is loaded."""
     return _together(
-        click.option(
-            "--memory",
-            metavar="SIZE",
-            help="Budget of the whole process: 300MB, 1GiB. [default: what the device can spare]",
-        ),
+        _memory,
         click.option(
             "--backend",
             metavar="NAME",
-            help="What computes; `edgelm backends` lists them. [default: the fastest healthy one]",
+            help="What computes; `edgelm backends MODEL` compares them. [default: the fastest healthy one]",
         ),
-        click.option("--threads", type=click.IntRange(min=1), help="Computing threads. [default: free physical cores]"),
-        click.option(
-            "--context",
-            type=click.IntRange(min=1),
-            help="Tokens that prompt and answer may have. [default: what model and budget allow]",
-        ),
+        _threads,
+        _context,
         simulate_option,
     )(command)
 

@@ -15,17 +15,16 @@ from typing import NamedTuple
 from edgelm.engine.children import can_start, run_child
 from edgelm.engine.health import ORACLE, Verdict, check
 from edgelm.engine.registry import backend_names, get_backend
-from edgelm.engine.weighed import Weighed, keep, recall
+from edgelm.engine.weighed import Weighed, forget, keep, recall
 from edgelm.errors import BackendUnavailable, UnsupportedModel
 from edgelm.files.model import ModelFile
 from edgelm.memory.platform import current_platform
-from edgelm.sizes import human
 
 ORDER = ("llamacpp", "onnx", "mlx")
 """Who goes first where speeds are equal or unknown; then come strangers, and the oracle last."""
 TIMEOUT_S = 60.0
 EQUAL = 0.95
-"""Share of the best speed from which a candidate counts as equally fast: measurements differ by more from day to day."""
+"""Share of the best speed from which a candidate counts as equally fast: measurements of one day differ by more."""
 ROOMY = 2
 """A budget of so many times the model's size holds it with every backend."""
 _CHILD = """
@@ -116,8 +115,12 @@ def choose(file: ModelFile, wanted: str, asked: Asked) -> Choice:
     return Choice(names, tuple(f"{name}: {reasons[name]}" for name in said))
 
 
-def consider(file: ModelFile, asked: Asked) -> tuple[Candidate, ...]:
-    """Return every registered backend, the chosen one first, each measured as far as it works."""
+def consider(file: ModelFile, asked: Asked, *, fresh: bool = False) -> tuple[Candidate, ...]:
+    """Return every registered backend, the chosen one first, each measured as far as it works; `fresh`: anew."""
+    if fresh:
+        for name in backend_names():
+            check(name, fresh=True)
+        forget(_facts(file, asked))
     ranked = _ranked(file, asked, everything=True)
     reasons = _reasons(ranked)
     host_bytes = current_platform().rss_bytes()
@@ -186,7 +189,7 @@ def _look(name: str, file: ModelFile) -> _Seen:
 
 def _weigher(file: ModelFile, asked: Asked, spare: int) -> Callable[[_Seen], _Seen]:
     """Return what adds to a candidate what it would do within `spare` bytes beside this process as it is."""
-    facts = (file.fingerprint, *file.paths, asked.n_threads, asked.context, asked.max_outputs, asked.simulate)
+    facts = _facts(file, asked)
 
     def weigh(seen: _Seen) -> _Seen:
         identity = seen.verdict.identity or ""
@@ -197,6 +200,11 @@ def _weigher(file: ModelFile, asked: Asked, spare: int) -> Callable[[_Seen], _Se
         return seen._replace(weighed=found, why_not=found.why_not, broken=found.broken)
 
     return weigh
+
+
+def _facts(file: ModelFile, asked: Asked) -> tuple[object, ...]:
+    """Return what a measurement holds for, room and library apart."""
+    return (file.fingerprint, *file.paths, asked.n_threads, asked.context, asked.max_outputs, asked.simulate)
 
 
 def _weigh_in_child(name: str, asked: Asked) -> Weighed:
@@ -257,9 +265,12 @@ def _reasons(ranked: Sequence[_Seen]) -> dict[str, str]:
 def _why(best: _Seen, others: Sequence[_Seen]) -> str:
     rivals = [one for one in others if one.fits and not one.simulated and one.name != ORACLE]
     version = best.verdict.version
-    if best.name == ORACLE or not rivals:
-        return f"no other works here within the budget ({version})"
-    assert best.weighed is not None  # rivals are always measured
+    if best.name == ORACLE:
+        return f"no faster one works here within the budget ({version})"
+    if not rivals:
+        return f"the only one beside the reference that works here within the budget ({version})"
+    if best.weighed is None:
+        return f"the usual first: nothing was measured ({version})"
     speed = f"{best.weighed.decode_tps:.1f} tok/s predicted ({version})"
     equals = [one for one in rivals if _class(one) == _class(best)]
     if not equals:

@@ -6,6 +6,7 @@ Numbers of bytes are beside what the process takes before it loads anything: `sp
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,12 @@ def keep(facts: tuple[object, ...], name: str, identity: str, spare: int, found:
     entry = {"identity": digest(identity), "spare": spare, "until": until, "weighed": found._asdict()}
     same = [kept for kept in _kept(place, name) if kept.get("identity") == entry["identity"]]
     write_json(place, {**(read_json(place) or {}), name: [*same, entry][-_N_KEPT:]})
+
+
+def forget(facts: tuple[object, ...]) -> None:
+    """Let everything that was kept for this model and way of loading be measured anew."""
+    with suppress(OSError):
+        _place(facts).unlink()
 
 
 def _place(facts: tuple[object, ...]) -> Path:

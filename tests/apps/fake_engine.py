@@ -155,7 +155,7 @@ class FakeReport:
     capabilities: dict[str, Any]
 
 
-def backends() -> list[FakeReport]:
+def backends(*, recheck: bool = False) -> list[FakeReport]:
     return [
         FakeReport("numpy", "2.0", True, None, {"streams": True, "tensor_types": ["F32", "Q4_0"]}),
         FakeReport("llamacpp", None, False, "not installed", {}),
