@@ -304,18 +304,26 @@ def test_a_budget_that_no_backend_keeps(install_backend, strangers_only, path):
     assert all(abs(one.needed_bytes - needed) < 30 * MB for one in found)
 
 
+LIBRARY = """
+class Slow:
+    def __init__(self, program):
+        self.program = program
+    def run(self, bindings):
+        self.program.run(bindings)
+        time.sleep({seconds})
+
+def open(self, n_threads):
+    sys.modules["library_of_{name}"] = sys
+    return Session(NUMPY.open(n_threads))
+Backend.open = open
+Session.compile = lambda self, segment, shape: Slow(self._inner.compile(segment, shape))
+"""
+
+
 def test_a_known_choice_is_quick_and_loads_no_other_library(install_backend, path):
     """In a process of its own: what it imports says what was loaded."""
     for name, seconds in (("slow", 0.05), ("fast", 0)):
-        install_backend(
-            name,
-            f"def open(self, n):\n    import json.tool as library_of_{name}\n    sys.modules['library_of_{name}'] = 1\n"
-            "    return Session(NUMPY.open(n))\nBackend.open = open\n"
-            f"def compile(self, segment, shape):\n    time.sleep({seconds})\n    return Slow(self._inner.compile(segment, shape))\n"
-            "class Slow:\n    def __init__(self, program):\n        self.program = program\n"
-            f"    def run(self, bindings):\n        self.program.run(bindings)\n        time.sleep({seconds})\n"
-            "Session.compile = compile",
-        )
+        install_backend(name, LIBRARY.format(name=name, seconds=seconds))
     code = (
         "import sys, time, edgelm; from edgelm.engine import registry, choosing\n"
         "from edgelm.files.index import open_indexed; from edgelm.opening import _threads\n"

@@ -174,8 +174,8 @@ Session.compile = lambda self, segment, shape: Nothing()
         ("Session.version = '0.9'", "it says that it is 1.0, but what it loads is 0.9"),
         ("Backend.identity = lambda self: str(time.time())", "its library changed while it was tried"),
         (
-            "from edgelm.errors import BackendUnavailable\ndef open(self, n):\n    raise BackendUnavailable('made', 'no')"
-            "\nBackend.open = open",
+            "from edgelm.errors import BackendUnavailable as No\n"
+            "def open(self, n_threads):\n    raise No('made', 'no')\nBackend.open = open",
             "it says that it works, but cannot be opened: no",
         ),
     ],
