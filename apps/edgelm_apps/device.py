@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @click.option("--recheck", is_flag=True, help="Try every backend again, whatever is known.")
 @json_option
 def backends(model: str | None, recheck: bool, as_json: bool, **given: Any) -> None:
-    """List the backends, healthy or not, and why; with MODEL, which would be chosen for it, and why.
+    """List the backends; with MODEL, say which is chosen for it, and why.
 
-    With MODEL each backend that works is measured in a process of its own. Speeds are predictions for one token after
+    With MODEL each backend that works is measured, in a process of its own. Speeds are predictions for one token after
     the other; memory is that of the whole process at its peak.
     """
     wanted = {key: value for key, value in given.items() if value is not None}

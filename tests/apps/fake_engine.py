@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import edgelm
+from edgelm.engine.choosing import Candidate
 from edgelm.errors import BudgetTooSmall, ContextOverflow
 from edgelm.sizes import MB, parse_size
 
@@ -162,6 +163,15 @@ def backends(*, recheck: bool = False) -> list[FakeReport]:
     ]
 
 
+def candidates(path: Path, *, memory: str = "100MB", recheck: bool = False) -> tuple[Candidate, ...]:
+    budget = parse_size(memory)
+    return (
+        Candidate("fast", "1.0", True, "chosen, the fastest", 40.0, budget, 3 * MB, prepare_bytes=95 * MB),
+        Candidate("npu", "1.0", False, "passed over, slower", 20.0, 60 * MB, loss="rounded", simulated=True),
+        Candidate("numpy", "2.0", False, "passed over, the budget is too small for it", needed_bytes=2 * budget),
+    )
+
+
 def doctor(*, recheck: bool = False) -> dict[str, Any]:
     table = [
         {"how": how, "block_bytes": block << 10, "n_parallel": n, "bytes_per_s": n * block * 1e6, "cpu_s_per_gb": 0.25}
@@ -178,6 +188,7 @@ def replacements() -> dict[str, Any]:
         "plan": lambda path, **options: FakeModel(path, options).plan,
         "inspect": inspect,
         "backends": backends,
+        "candidates": candidates,
         "doctor": doctor,
         "__version__": "0.0.0+simulated",
     }

@@ -116,6 +116,21 @@ def test_backends(edgelm_command, engine):
     ]
 
 
+def test_backends_for_a_model(edgelm_command, engine, model_file):
+    lines = edgelm_command("backends", model_file, "--memory", "200MB").out.splitlines()
+    assert lines[0].split() == ["backend", "tok/s", "memory", "from", "flash", "why"]
+    assert re.fullmatch(r"fast +40\.0 +200 MB +3 MB a token +chosen, the fastest; to be prepared once, 95 MB", lines[1])
+    assert re.fullmatch(r"npu \(simulated\) +20\.0 +60 MB +- +passed over, slower; rounded", lines[2])
+    assert re.fullmatch(r"numpy +- +needs 400 MB +- +passed over, the budget is too small for it", lines[3])
+    found = edgelm_command("backends", model_file, "--json").json()
+    assert found["path"] == model_file
+    assert [one["name"] for one in found["candidates"]] == ["fast", "npu", "numpy"]
+    assert found["candidates"][1]["simulated"] is True
+    result = edgelm_command("backends", "--memory", "1GB")
+    assert result.code == 2
+    assert "--memory needs a MODEL" in result.err
+
+
 def test_doctor(edgelm_command, engine):
     out = edgelm_command("doctor").out
     assert "available_bytes  4 GB" in out

@@ -9,7 +9,7 @@ import pytest
 import edgelm
 from edgelm import reports
 from edgelm.engine import reading
-from edgelm.engine.backend import Availability
+from edgelm.engine.health import Verdict
 from edgelm.errors import ModelNotFound
 from edgelm.testing.tiny import tiny_model
 
@@ -51,7 +51,7 @@ def test_inspect_without_a_template(tmp_path):
 
 def test_backends(monkeypatch):
     monkeypatch.setattr(
-        reports, "check", lambda name, fresh: Availability(name == "numpy", "" if name == "numpy" else "broken", "1.0")
+        reports, "check", lambda name, fresh: Verdict(name == "numpy", "" if name == "numpy" else "broken", "1.0")
     )
     found = {report.name: report for report in edgelm.backends()}
     assert (found["numpy"].available, found["numpy"].reason, found["numpy"].version) == (True, None, "1.0")
@@ -105,7 +105,7 @@ def test_doctor_rechecks(monkeypatch):
 
     def check(name, fresh):
         asked.append((name, fresh))
-        return Availability(False, "broken")
+        return Verdict(False, "broken")
 
     monkeypatch.setattr(reports, "check", check)
     edgelm.doctor(recheck=True)
@@ -115,7 +115,7 @@ def test_doctor_rechecks(monkeypatch):
 
 
 def test_warnings(monkeypatch, tmp_path):
-    monkeypatch.setattr(reports, "check", lambda name, fresh: Availability(name == "numpy", "not installed", "1"))
+    monkeypatch.setattr(reports, "check", lambda name, fresh: Verdict(name == "numpy", "it crashed", "1", True))
     monkeypatch.setattr(reports.shutil, "which", lambda name: None)
     monkeypatch.setattr(reports.os, "getloadavg", lambda: (99.0, 0.0, 0.0), raising=False)
     (tmp_path / "file").write_text("")
@@ -123,6 +123,8 @@ def test_warnings(monkeypatch, tmp_path):
     facts = edgelm.doctor()
     assert "problem" in facts["flash"]
     text = "\n".join(facts["warnings"])
+    assert "llamacpp is not used: it crashed; reinstall or remove it, then run `edgelm doctor --recheck`" in text
+    assert "numpy is not used" not in text
     assert "pip install 'edgelm[llamacpp]'" in text
     assert "no C++ compiler was found" in text
     assert "load 99.0" in text
