@@ -42,10 +42,10 @@ class LlamaCppBackend:
     name = "llamacpp"
 
     def probe(self) -> Availability:
-        from edgelm_llamacpp.health import check
+        from edgelm_llamacpp.ggml import load
 
         try:
-            return Availability(True, version=f"ggml {check()}")
+            return Availability(True, version=load().version)
         except BackendUnavailable as exc:
             return Availability(False, reason=exc.reason)
 

@@ -200,6 +200,6 @@ def _function(library: Any, name: str, result: Any, arguments: tuple[Any, ...]) 
 
 def _version(base: Any) -> str:
     try:
-        return (_function(base, "ggml_version", c_char_p, ())() or b"").decode()
-    except AttributeError:  # ggml before 0.9 does not say
-        return "unknown"
+        return f"ggml {(_function(base, 'ggml_version', c_char_p, ())() or b'').decode()}"
+    except AttributeError:  # before 0.9 it does not say
+        return "ggml of unknown version"

@@ -14,6 +14,7 @@ from edgelm_llamacpp.lowering import Graph, lower
 class GgmlSession:
     def __init__(self, n_threads: int) -> None:
         self.ggml: Ggml = load()
+        self.version = self.ggml.version
         self.n_threads = n_threads
         g = self.ggml
         self.backend = g.ggml_backend_cpu_init()
