@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from os import PathLike
 
-    from edgelm.candidates import candidates
     from edgelm.chat import Chat
+    from edgelm.comparing import candidates
     from edgelm.engine.choosing import Candidate
     from edgelm.memory.plan import Plan
     from edgelm.memory.timeline import Timeline
@@ -96,7 +96,7 @@ _HOMES = {
     "Timeline": "edgelm.memory.timeline",
     "Usage": "edgelm.usage",
     "backends": "edgelm.reports",
-    "candidates": "edgelm.candidates",
+    "candidates": "edgelm.comparing",
     "devices": "edgelm.simulated",
     "doctor": "edgelm.reports",
     "inspect": "edgelm.reports",

@@ -29,7 +29,7 @@ ROOMY = 2
 """A budget of so many times the model's size holds it with every backend."""
 _CHILD = """
 import json, sys
-from edgelm.candidates import weigh
+from edgelm.comparing import weigh
 report(**weigh(**json.loads(sys.argv[1])), done=True)
 """
 

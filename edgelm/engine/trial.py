@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from edgelm.engine.backend import Backend, Bindings, CacheGroup, PassShape, Session, WeightLayout
+from edgelm.engine.backend import Backend, Bindings, CacheGroup, PassShape, Session, layout_of
 from edgelm.engine.health import identity, loaded_version
 from edgelm.engine.ir import AttendSpec, NormSpec, Op, Segment, Value, Weight
 from edgelm.engine.registry import get_backend
@@ -110,20 +110,14 @@ def _error(backend: Backend, session: Session, product: _Product) -> float:
     return off / sum(b * b for b in product.expected)
 
 
-def _laid_out(backend: Backend, weight: Weight, rows: bytes) -> bytes:
-    """Return the rows of a matrix as the backend wants them."""
-    info = TensorInfo("trial.weight", weight.type, (weight.width, weight.rows), 0, 0, len(rows))
-    layout: WeightLayout | None = getattr(backend, "layout", lambda: None)()
-    if layout is None or weight.rows == 1 or (packed := layout.packed(info)) is None:
+def _laid_out(backend: Backend, weight: Weight, rows: bytes) -> bytes | bytearray:
+    """Return the rows of a weight as the backend wants them."""
+    layout = layout_of(backend)
+    if layout is None:
         return rows
-    out = bytearray()
-    step_bytes = packed.row_step * info.row_bytes
-    for first in range(0, weight.rows, packed.row_step):
-        tile = memoryview(rows)[first * info.row_bytes :][:step_bytes]
-        room = bytearray(len(tile) // info.row_bytes * packed.row_bytes)
-        layout.pack(info, first, tile, memoryview(room))
-        out += room
-    return bytes(out)
+    from edgelm.engine.preparing import packed_bytes  # brings NumPy along, as such backends do
+
+    return packed_bytes(layout, TensorInfo("", weight.type, (weight.width, weight.rows), 0, 0, len(rows)), rows)
 
 
 class _Memory:
@@ -133,7 +127,7 @@ class _Memory:
         self._block, self._used = mmap.mmap(-1, _BYTES), 0
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._block))
 
-    def put(self, data: bytes) -> int:
+    def put(self, data: bytes | bytearray) -> int:
         at = self._used
         self._block[at : at + len(data)] = data
         self._used += -(-len(data) // mmap.PAGESIZE) * mmap.PAGESIZE
