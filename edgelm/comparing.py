@@ -51,12 +51,13 @@ def weigh(
     ready.session.close()
     ready.store.close()
     plan, file = ready.prepared.plan, ready.prepared.file
-    to_prepare = file is not ready.file and not file.paths[0].exists()
+    packed = file.paths != ready.file.paths
     return {
         "decode_tps": plan.predicted_decode_tps,
         "planned_bytes": plan.planned_bytes - host_bytes,
         "streamed_bytes": plan.streamed_bytes,
-        "prepare_bytes": file.file_bytes[0] if to_prepare else 0,
+        "prepared_bytes": file.file_bytes[0] if packed else 0,
+        "prepared_path": str(file.paths[0]) if packed else "",
         "loss": "; ".join(ready.lost),
         "steady": plan.rates is None or plan.rates.steady,
     }

@@ -5,6 +5,7 @@ Numbers of bytes are beside what the process takes before it loads anything: `sp
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ _N_KEPT = 8
 class Weighed(NamedTuple):
     """What a plan for one backend says. `needed_bytes`: more than there was; the rest is nothing then.
 
+    `prepared_bytes`, `prepared_path`: the file of the weights in the backend's own layout, made or yet to be made.
     `why_not` is set if there is no plan. `steady`: another measurement would say the same.
     """
 
@@ -33,11 +35,17 @@ class Weighed(NamedTuple):
     planned_bytes: int = 0
     streamed_bytes: int = 0
     needed_bytes: int = 0
-    prepare_bytes: int = 0
+    prepared_bytes: int = 0
+    prepared_path: str = ""
     loss: str = ""
     why_not: str = ""
     broken: bool = False
     steady: bool = True
+
+    @property
+    def prepare_bytes(self) -> int:
+        """Bytes that have to be written before the first start."""
+        return 0 if not self.prepared_bytes or os.path.exists(self.prepared_path) else self.prepared_bytes
 
     def holds(self, measured_at: int, spare: int) -> bool:
         """Say whether what was found with `measured_at` bytes to spare holds with `spare` bytes."""

@@ -264,6 +264,38 @@ def test_a_stranger_is_measured_and_chosen(install_backend, strangers_only, path
         assert "".join(chunk.text for chunk in model.stream("Hello", max_tokens=3))
 
 
+LAYOUT = """
+from edgelm.engine.backend import Packed
+class AsItIs:
+    key = "as it is"
+    def packed(self, info):
+        return Packed(info.row_bytes, 32, "rounded, says the test")
+    def pack(self, info, first_row, rows, out):
+        out[:] = rows
+Backend.layout = lambda self: AsItIs()
+"""
+
+
+def test_preparing_is_announced_and_not_done(install_backend, strangers_only, path):
+    install_backend("packs", LAYOUT)
+    install_backend("exact")
+
+    def packs():
+        (found,) = (one for one in edgelm.candidates(path, memory="400MB", context=32) if one.name == "packs")
+        return found
+
+    found = packs()
+    assert 100_000 < found.prepare_bytes < 1 * MB
+    assert found.reason == "passed over, it loses precision: rounded, says the test"
+    prepared = weighed.cache_dir() / "prepared"
+    assert not prepared.exists()
+    edgelm.load(path, memory="400MB", context=32, backend="packs").close()
+    (file,) = prepared.glob("*.prepared")
+    assert packs().prepare_bytes == 0
+    file.unlink()
+    assert packs().prepare_bytes == found.prepare_bytes
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_a_crash_while_it_is_measured_costs_a_sentence(install_backend, strangers_only, path):
     """What works for small products and not for the model's: only the measuring child sees that."""
