@@ -1,19 +1,19 @@
 """Which backend computes a model best on this device within a budget, and why each other one was passed over.
 
-What a candidate would do is found out in a child process, which loads its library in place of this one, and is kept;
-ranking is arithmetic on that. Opens no backend.
+What a candidate would do is found out in a child process, which loads its library in place of this one, and is kept.
+Opens no backend; `ranking` compares them.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from edgelm.engine.children import can_start, run_child
-from edgelm.engine.health import ORACLE, Verdict, check
+from edgelm.engine.health import ORACLE, check
+from edgelm.engine.ranking import Seen, rank_of, reasons_of
 from edgelm.engine.registry import backend_names, get_backend
 from edgelm.engine.weighed import Weighed, forget, keep, recall
 from edgelm.errors import BackendUnavailable, UnsupportedModel
@@ -23,8 +23,6 @@ from edgelm.memory.platform import current_platform
 ORDER = ("llamacpp", "onnx", "mlx")
 """Who goes first where speeds are equal or unknown; then come strangers, and the oracle last."""
 TIMEOUT_S = 60.0
-EQUAL = 0.95
-"""Share of the best speed from which a candidate counts as equally fast: measurements of one day differ by more."""
 ROOMY = 2
 """A budget of so many times the model's size holds it with every backend."""
 _CHILD = """
@@ -75,21 +73,6 @@ class Choice(NamedTuple):
     notes: tuple[str, ...]
 
 
-class _Seen(NamedTuple):
-    """A candidate on its way. `why_not` is set once it is out."""
-
-    name: str
-    verdict: Verdict
-    simulated: bool = False
-    why_not: str = ""
-    broken: bool = False
-    weighed: Weighed | None = None
-
-    @property
-    def fits(self) -> bool:
-        return not self.why_not and not (self.weighed and self.weighed.needed_bytes)
-
-
 def choose(file: ModelFile, wanted: str, asked: Asked) -> Choice:
     """Return the backend that is asked for, or for `auto` those that could compute the model, the best first.
 
@@ -102,7 +85,7 @@ def choose(file: ModelFile, wanted: str, asked: Asked) -> Choice:
             raise BackendUnavailable(wanted, found.reason)
         return Choice((wanted,), (f"{wanted}: chosen, as asked for ({found.version})",))
     ranked = _ranked(file, asked)
-    reasons = _reasons(ranked)
+    reasons = reasons_of(ranked)
     usable = [seen for seen in ranked if not seen.why_not and not seen.simulated]
     if not usable:
         all_of_them = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -122,12 +105,12 @@ def consider(file: ModelFile, asked: Asked, *, fresh: bool = False) -> tuple[Can
             check(name, fresh=True)
         forget(_facts(file, asked))
     ranked = _ranked(file, asked, everything=True)
-    reasons = _reasons(ranked)
+    reasons = reasons_of(ranked)
     host_bytes = current_platform().rss_bytes()
     return tuple(_candidate(seen, reasons[seen.name], i == 0, host_bytes) for i, seen in enumerate(ranked))
 
 
-def _candidate(seen: _Seen, reason: str, first: bool, host_bytes: int) -> Candidate:
+def _candidate(seen: Seen, reason: str, first: bool, host_bytes: int) -> Candidate:
     candidate = Candidate(
         seen.name,
         seen.verdict.version or None,
@@ -149,7 +132,7 @@ def _candidate(seen: _Seen, reason: str, first: bool, host_bytes: int) -> Candid
     )
 
 
-def _ranked(file: ModelFile, asked: Asked, everything: bool = False) -> list[_Seen]:
+def _ranked(file: ModelFile, asked: Asked, everything: bool = False) -> list[Seen]:
     """Return all candidates, the best first; those that are out, last.
 
     Only what decides is measured: the oracle where no other keeps the budget, and nothing at all where a single other
@@ -167,7 +150,7 @@ def _ranked(file: ModelFile, asked: Asked, everything: bool = False) -> list[_Se
     if not everything and not any(one.fits and not one.simulated for one in seen):
         oracle = _look(ORACLE, file)  # 5 ms, else spared
         seen.append(weigh(oracle) if tight and not oracle.why_not else oracle)
-    return sorted(seen, key=_rank(seen))
+    return sorted(seen, key=rank_of(seen))
 
 
 def _names() -> Iterator[str]:
@@ -176,22 +159,22 @@ def _names() -> Iterator[str]:
     yield from (name for name in names if name not in ORDER and name != ORACLE)
 
 
-def _look(name: str, file: ModelFile) -> _Seen:
+def _look(name: str, file: ModelFile) -> Seen:
     """See what can be seen without loading a library: health, and the types of the tensors."""
     verdict = check(name)
     if not verdict.available:
-        return _Seen(name, verdict, why_not=verdict.reason, broken=verdict.broken)
+        return Seen(name, verdict, why_not=verdict.reason, broken=verdict.broken)
     can = get_backend(name).capabilities()
     missing = {info.type for info in file.tensors.values() if info.n_rows > 1} - can.types
     why_not = f"it does not compute {', '.join(sorted(kind.name for kind in missing))}" if missing else ""
-    return _Seen(name, verdict, can.simulated, why_not)
+    return Seen(name, verdict, can.simulated, why_not)
 
 
-def _weigher(file: ModelFile, asked: Asked, spare: int) -> Callable[[_Seen], _Seen]:
+def _weigher(file: ModelFile, asked: Asked, spare: int) -> Callable[[Seen], Seen]:
     """Return what adds to a candidate what it would do within `spare` bytes beside this process as it is."""
     facts = _facts(file, asked)
 
-    def weigh(seen: _Seen) -> _Seen:
+    def weigh(seen: Seen) -> Seen:
         identity = seen.verdict.identity or ""
         found = recall(facts, seen.name, identity, spare)
         if found is None:
@@ -225,68 +208,3 @@ def _weigh_in_child(name: str, asked: Asked) -> Weighed:
     if problem:
         return Weighed(why_not=problem, broken=True, steady=not doubtful)
     return Weighed(**facts)
-
-
-def _rank(seen: Sequence[_Seen]) -> Callable[[_Seen], tuple[float, ...]]:
-    """Return the key to sort by: what is out last, simulated ones before, then the oracle, inexact ones, by speed."""
-    order = {one.name: i for i, one in enumerate(seen)}
-    fastest = _fastest(seen)
-
-    def key(one: _Seen) -> tuple[float, ...]:
-        weighed, place = one.weighed or Weighed(), order[one.name]
-        speed = -math.inf if weighed.decode_tps >= EQUAL * fastest[_class(one)] else -weighed.decode_tps
-        return (bool(one.why_not), one.simulated, weighed.needed_bytes, _class(one), speed, place)
-
-    return key
-
-
-def _class(one: _Seen) -> int:
-    return 2 if one.name == ORACLE else 1 if one.weighed and one.weighed.loss else 0
-
-
-def _fastest(seen: Sequence[_Seen]) -> dict[int, float]:
-    found = {0: 0.0, 1: 0.0, 2: 0.0}
-    for one in seen:
-        if one.fits and not one.simulated and one.weighed:
-            found[_class(one)] = max(found[_class(one)], one.weighed.decode_tps)
-    return found
-
-
-def _reasons(ranked: Sequence[_Seen]) -> dict[str, str]:
-    """Return for each candidate why it was chosen or passed over."""
-    best = ranked[0]
-    chosen = best.fits and not best.simulated
-    said = {one.name: f"passed over, {_why_over(one, best)}" for one in ranked}
-    if chosen:
-        said[best.name] = f"chosen, {_why(best, ranked[1:])}"
-    return said
-
-
-def _why(best: _Seen, others: Sequence[_Seen]) -> str:
-    rivals = [one for one in others if one.fits and not one.simulated and one.name != ORACLE]
-    version = best.verdict.version
-    if best.name == ORACLE:
-        return f"no faster one works here within the budget ({version})"
-    if not rivals:
-        return f"the only one beside the reference that works here within the budget ({version})"
-    if best.weighed is None:
-        return f"the usual first: nothing was measured ({version})"
-    speed = f"{best.weighed.decode_tps:.1f} tok/s predicted ({version})"
-    equals = [one for one in rivals if _class(one) == _class(best)]
-    if not equals:
-        return f"it keeps the model's numbers, {speed}"
-    return f"the fastest: {speed}"
-
-
-def _why_over(one: _Seen, best: _Seen) -> str:
-    if one.why_not:
-        return one.why_not
-    if one.simulated:
-        return "it is simulated: taken only when asked for by name"
-    if one.weighed and one.weighed.needed_bytes:
-        return "the budget is too small for it"
-    if one.name == ORACLE:
-        return "the reference: taken where no other works"
-    if _class(one) > _class(best):
-        return f"it loses precision: {one.weighed.loss if one.weighed else ''}"
-    return "slower" if one.weighed and best.weighed else "not measured"

@@ -55,7 +55,7 @@ class Fakes:
         verdict, can = self.verdicts[name], self.capabilities[name]
         missing = sorted(kind.name for kind in {TensorType.Q8_0} - can.types)
         why_not = verdict.reason or (f"it does not compute {', '.join(missing)}" if missing else "")
-        return choosing._Seen(name, verdict, can.simulated, why_not, verdict.broken)
+        return choosing.Seen(name, verdict, can.simulated, why_not, verdict.broken)
 
     def weigh(self, name, asked):
         self.weighings.append(name)
@@ -92,6 +92,19 @@ def test_near_speeds_go_by_the_usual_order(fakes, file):
     fakes.add("mlx", decode_tps=29.0)
     fakes.add("onnx", decode_tps=29.5)
     assert choose(file, "auto", asked()).names == ("onnx", "mlx", "stranger", "numpy")
+
+    found = reasons(file)
+    assert found["onnx"] == "chosen, none is faster, as far as could be measured: 29.5 tok/s predicted (1.0)"
+    assert found["stranger"] == "passed over, not faster by more than measuring errs"
+    assert found["mlx"] == "passed over, slower"
+
+
+def test_on_a_busy_machine_only_large_differences_count(fakes, file):
+    fakes.add("onnx", decode_tps=20.0, steady=False)
+    fakes.add("llamacpp", decode_tps=9.0)
+    fakes.add("stranger", decode_tps=25.0)
+    fakes.add("slow", decode_tps=2.0)
+    assert choose(file, "auto", asked()).names == ("llamacpp", "onnx", "stranger", "slow", "numpy")
 
 
 def test_what_keeps_the_numbers_goes_before_what_is_faster(fakes, file):
