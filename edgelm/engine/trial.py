@@ -11,10 +11,10 @@ import math
 import mmap
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import NamedTuple
 
-from edgelm.engine.backend import Backend, Bindings, CacheGroup, PassShape, Session, layout_of
+from edgelm.engine.backend import Adopting, Backend, Bindings, CacheGroup, PassShape, Session, layout_of
 from edgelm.engine.health import identity, loaded_version
 from edgelm.engine.ir import AttendSpec, NormSpec, Op, Segment, Value, Weight
 from edgelm.engine.registry import get_backend
@@ -92,22 +92,34 @@ def _error(backend: Backend, session: Session, product: _Product) -> float:
     n_out = len(product.expected)
     y = memory.put(struct.pack(f"{n_out}f", *[math.nan] * n_out))
     cache = bytes(PLACES * HEAD_DIM * 4)
-    program.run(
-        Bindings(
-            inputs=tuple(memory.put(struct.pack(f"{len(x)}f", *x)) for x in product.inputs),
-            outputs=(y,),
-            weights=tuple(memory.put(_laid_out(backend, weight, product.weight)) for weight in segment.weights),
-            keys=tuple(memory.put(cache) for _ in range(segment.n_layers)),
-            values=tuple(memory.put(cache) for _ in range(segment.n_layers)),
-            positions=memory.put(bytes(4)),
-            out_rows=memory.put(bytes(4)),
-            places=(memory.put(bytes(8)),) * segment.n_layers,
-            masks=(memory.put(struct.pack(f"{PLACES}f", 0.0, *[-math.inf] * (PLACES - 1))),) * segment.n_layers,
+    is_matrix = any(op.kind == "linear" for op in segment.ops)
+    weights = [(w, memory.put(_laid_out(backend, w, product.weight)), is_matrix) for w in segment.weights]
+    with _handed_over(session, weights) as handed:
+        program.run(
+            Bindings(
+                inputs=tuple(memory.put(struct.pack(f"{len(x)}f", *x)) for x in product.inputs),
+                outputs=(y,),
+                weights=handed,
+                keys=tuple(memory.put(cache) for _ in range(segment.n_layers)),
+                values=tuple(memory.put(cache) for _ in range(segment.n_layers)),
+                positions=memory.put(bytes(4)),
+                out_rows=memory.put(bytes(4)),
+                places=(memory.put(bytes(8)),) * segment.n_layers,
+                masks=(memory.put(struct.pack(f"{PLACES}f", 0.0, *[-math.inf] * (PLACES - 1))),) * segment.n_layers,
+            )
         )
-    )
     ours = (ctypes.c_float * n_out).from_address(y)[:]
     off = sum((a - b) ** 2 for a, b in zip(ours, product.expected, strict=True))
     return off / sum(b * b for b in product.expected)
+
+
+def _handed_over(session: Session, weights: list[tuple[Weight, int, bool]]) -> AbstractContextManager[tuple[int, ...]]:
+    """Give what stands for these weights (address, is it a matrix?) in bindings: copies, if the session keeps some."""
+    if not isinstance(session, Adopting):
+        return nullcontext(tuple(address for _, address, _ in weights))
+    from edgelm.engine.adopting import handed_over  # brings NumPy along, as such backends do
+
+    return handed_over(session, weights)
 
 
 def _laid_out(backend: Backend, weight: Weight, rows: bytes) -> bytes | bytearray:

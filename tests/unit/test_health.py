@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from typing import NamedTuple
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +14,9 @@ from edgelm.engine import children, health
 from edgelm.engine.health import check, open_session
 from edgelm.engine.trial import problem_of
 from edgelm.errors import BackendUnavailable, UnknownBackend
-from edgelm_numpy import BACKEND as NUMPY
+
+sys.path.append(str(Path(__file__).parents[1] / "streaming"))
+import layout_backends
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
@@ -198,33 +200,12 @@ def test_what_was_tried_must_be_what_is_opened(install_backend, tmp_path):
         open_session("made", 1)
 
 
-class Packed(NamedTuple):
-    row_bytes: int
-    row_step: int
-    error: str = ""
-
-
-class Upended:
-    """A layout of its own: the bytes of each row, last first."""
-
-    key = "upended"
-
-    def packed(self, info):
-        return Packed(info.row_bytes, 24)  # 64 rows are no whole number of tiles
-
-    def pack(self, info, first_row, rows, out):
-        step = info.row_bytes
-        for at in range(0, len(rows), step):
-            out[at : at + step] = bytes(rows[at : at + step])[::-1]
-
-
-def test_a_layout_of_its_own_is_tried_too():
-    class Backend:
-        layout = staticmethod(Upended)
-        open, capabilities = staticmethod(NUMPY.open), staticmethod(NUMPY.capabilities)
-
-    assert problem_of(NUMPY, "1") == ""
-    assert "a product with F32 weights is off" in problem_of(Backend(), "1")
+@pytest.mark.parametrize("backend", [layout_backends.SHUFFLED, layout_backends.ADOPTING], ids=lambda one: one.name)
+def test_layouts_and_copies_of_its_own_are_tried_too(backend, monkeypatch):
+    assert problem_of(backend, "1") == ""
+    layout = type(backend.layout())
+    monkeypatch.setattr(layout, "pack", lambda self, info, first_row, rows, out: None)
+    assert "1 computes wrong results here: a product with F32 weights is off by" in problem_of(backend, "1")
 
 
 def test_chatter_of_a_library_is_no_verdict(made):
