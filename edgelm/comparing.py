@@ -6,7 +6,8 @@ import os
 from typing import Any
 
 from edgelm.engine.choosing import Asked, Candidate, consider
-from edgelm.errors import BackendUnavailable, BudgetTooSmall, UnsupportedModel
+from edgelm.engine.weighed import UNKNOWN
+from edgelm.errors import BackendUnavailable, BudgetTooSmall, EdgeLMError, UnsupportedModel
 from edgelm.files.index import open_indexed
 from edgelm.opening import budget_of, device_of, get_ready, threads_of
 
@@ -48,6 +49,8 @@ def weigh(
         return {"needed_bytes": exc.needed_bytes - host_bytes}
     except (BackendUnavailable, UnsupportedModel) as exc:
         return {"why_not": getattr(exc, "reason", str(exc))}
+    except EdgeLMError:
+        return UNKNOWN._asdict()  # not the backend's fault: whoever loads the model will hear of it
     ready.session.close()
     ready.store.close()
     plan, file = ready.prepared.plan, ready.prepared.file

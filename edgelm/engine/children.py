@@ -12,8 +12,15 @@ from typing import Any, NamedTuple
 
 MARK = "\x1eedgelm "
 """What an answer begins with: libraries print lines of their own."""
-_REPORT = f"""
+_BEGIN = f"""
 import json
+try:  # a crash is expected: its memory need not be kept as a file; and where memory runs out, the host is not to go
+    import resource
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+except (ImportError, OSError, ValueError):
+    pass
 
 def report(**facts):
     print("\\n" + {MARK!r} + json.dumps(facts), flush=True)
@@ -44,11 +51,12 @@ def run_child(code: str, arguments: tuple[str, ...], timeout_s: float, what: str
     import subprocess  # 2 MB that a kept verdict spares
 
     folders = [os.path.abspath(folder) for folder in sys.path]
+    environment = {name: value for name, value in os.environ.items() if name != "EDGELM_RECHECK"}  # that is done here
     try:
         done = subprocess.run(
             # -P: a folder that the user happens to stand in is no place for modules
-            [sys.executable, "-P", "-c", _REPORT + code, *arguments],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+            [sys.executable, "-P", "-c", _BEGIN + code, *arguments],
+            env={**environment, "PYTHONPATH": os.pathsep.join(folders)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=timeout_s,
@@ -91,4 +99,4 @@ def _died(code: int, stderr: str, what: str) -> tuple[str, bool]:
         return f"its library crashed ({cause}) in {what}{said}", False
     if code >= 0x8000_0000:  # Windows: the status of the exception
         return f"its library crashed (0x{code:08X}) in {what}{said}", False
-    return f"it failed in {what}{said or f' (exit code {code})'}", False
+    return f"it failed in {what}{said or f' (exit code {code})'}", last.startswith("MemoryError")

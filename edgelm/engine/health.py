@@ -17,7 +17,7 @@ from edgelm.engine.backend import Backend, Session
 from edgelm.engine.children import can_start, run_child
 from edgelm.engine.machine import digest, file_facts, machine_key, release
 from edgelm.engine.registry import get_backend, origin
-from edgelm.errors import BackendUnavailable
+from edgelm.errors import BackendUnavailable, EdgeLMError
 
 TIMEOUT_S = 20.0
 DOUBT_S = 3600.0
@@ -30,6 +30,9 @@ import sys
 from edgelm.engine.trial import trial
 trial(sys.argv[1], report)
 """
+
+
+_tried: set[str] = set()  # by this process
 
 
 class Verdict(NamedTuple):
@@ -49,8 +52,8 @@ def check(name: str, *, fresh: bool = False) -> Verdict:
     """Say whether the backend of this name works here; never raises for one that does not.
 
     The verdict comes from disk if one was kept for this library, processor, Python and edgelm; else, with `fresh`, or
-    if `EDGELM_RECHECK` is set, from a trial run in a child process that may take `TIMEOUT_S`. In a frozen application,
-    which has no interpreter to start, the trial runs in this process. Raises `UnknownBackend`.
+    once if `EDGELM_RECHECK` is set, from a trial run in a child process that may take `TIMEOUT_S`. In a frozen
+    application, which has no interpreter to start, the trial runs in this process. Raises `UnknownBackend`.
     """
     module = origin(name)
     if name == ORACLE:
@@ -58,10 +61,12 @@ def check(name: str, *, fresh: bool = False) -> Verdict:
         found = backend.probe()
         return Verdict(found.available, found.reason, found.version, identity=identity(backend))
     path = cache_dir() / "health" / f"{name}-{digest(release(__file__, _TRIAL), name, module, machine_key())}.json"
-    if not fresh and not os.environ.get("EDGELM_RECHECK"):
+    fresh |= bool(os.environ.get("EDGELM_RECHECK")) and name not in _tried
+    if not fresh:
         kept = _kept(path)
         if kept is not None and (kept.identity is None or kept.identity == _identity_here(name)):
             return kept
+    _tried.add(name)
     verdict, doubtful = _try_in_child(name) if can_start() else _try_here(name)
     until = time.time() + DOUBT_S if doubtful or verdict.identity is None else None
     write_json(path, {**verdict._asdict(), "until": until})
@@ -74,7 +79,12 @@ def open_session(name: str, n_threads: int) -> tuple[Backend, Session]:
     if not tried.available:
         raise BackendUnavailable(name, tried.reason)
     backend = get_backend(name)
-    session = backend.open(n_threads)
+    try:
+        session = backend.open(n_threads)
+    except EdgeLMError:
+        raise
+    except Exception as exc:  # a stranger's code
+        raise BackendUnavailable(name, f"it failed to open ({type(exc).__name__}: {exc})") from exc
     loaded = loaded_version(session)
     if loaded and loaded != tried.version:
         session.close()

@@ -11,7 +11,7 @@ import math
 import mmap
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from edgelm.engine.backend import Adopting, Backend, Bindings, CacheGroup, PassShape, Session, layout_of
@@ -41,10 +41,6 @@ class _Product(NamedTuple):
 
 def trial(name: str, report: Callable[..., None]) -> None:
     """Try the backend of this name and `report` its identity, then the verdict. Raises whatever the backend raises."""
-    with suppress(ImportError, OSError, ValueError):  # a crash is expected: no file of its memory need be kept
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         backend = get_backend(name)
     except BackendUnavailable as exc:

@@ -58,6 +58,10 @@ class Weighed(NamedTuple):
         return measured_at - LESS_BYTES <= spare <= MORE * measured_at
 
 
+UNKNOWN = Weighed(steady=False)
+"""Nothing could be found out."""
+
+
 def recall(facts: tuple[object, ...], name: str, identity: str, spare: int) -> Weighed | None:
     """Return what was kept for this model and way of loading (`facts`), this library, and this much room."""
     for kept in reversed(_kept(_place(facts), name)):
@@ -72,7 +76,9 @@ def recall(facts: tuple[object, ...], name: str, identity: str, spare: int) -> W
 
 
 def keep(facts: tuple[object, ...], name: str, identity: str, spare: int, found: Weighed) -> None:
-    """Remember; of one backend, only what was measured last and with the same library."""
+    """Remember, if there is anything; of one backend, only what was measured last and with the same library."""
+    if found == UNKNOWN:
+        return
     place = _place(facts)
     until = time.time() + (KEPT_S if found.steady else DOUBT_S)
     entry = {"identity": digest(identity), "spare": spare, "until": until, "weighed": found._asdict()}

@@ -14,7 +14,7 @@ from edgelm.engine.backend import Capabilities
 from edgelm.engine.choosing import Asked, choose, consider
 from edgelm.engine.health import Verdict
 from edgelm.engine.weighed import Weighed
-from edgelm.errors import BackendUnavailable, BudgetTooSmall, UnknownBackend, UnsupportedModel
+from edgelm.errors import BackendUnavailable, BudgetTooSmall, ConfigError, UnknownBackend, UnsupportedModel
 from edgelm.files.ggml_types import TensorType
 from edgelm.files.gguf import open_model
 from edgelm.memory.platform import current_platform
@@ -363,6 +363,33 @@ def open(self, n_threads):
 Backend.open = open
 Session.compile = lambda self, segment, shape: Slow(self._inner.compile(segment, shape))
 """
+
+
+@pytest.mark.parametrize(
+    ("options", "error"), [({"context": 8}, ConfigError), ({"simulate": "pi5-nvme", "memory": "x"}, ConfigError)]
+)
+def test_what_is_not_a_backend_s_fault_is_said_as_it_is(install_backend, strangers_only, path, options, error):
+    install_backend("one")
+    install_backend("two")
+    with pytest.raises(error):
+        edgelm.load(path, **{"memory": "400MB", **options})
+    assert not (weighed.cache_dir() / "choices").exists()
+
+
+def test_any_failure_to_open_is_followed_by_the_next(install_backend, strangers_only, path, tmp_path):
+    broken = tmp_path / "broken"
+    install_backend(
+        "fails",
+        f"def open(self, n_threads):\n    if Path({str(broken)!r}).exists(): raise OSError('no device')\n"
+        "    return Session(NUMPY.open(n_threads))\nBackend.open = open",
+    )
+    edgelm.load(path, memory="400MB", context=32).close()
+    broken.write_text("")
+    with edgelm.load(path, memory="400MB", context=32) as model:
+        assert model.backend == "numpy"
+        assert "fails: passed over after all, it failed to open (OSError: no device)" in model.notes
+    with pytest.raises(BackendUnavailable, match="'fails' is not available: it failed to open"):
+        edgelm.load(path, memory="400MB", context=32, backend="fails")
 
 
 def test_a_known_choice_is_quick_and_loads_no_other_library(install_backend, path):

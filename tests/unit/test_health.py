@@ -59,7 +59,10 @@ def test_a_verdict_is_kept_until_the_library_changes(made, monkeypatch):
     assert check("made").available
     assert made.tries == 2
     check("made", fresh=True)
+    assert made.tries == 3
     monkeypatch.setenv("EDGELM_RECHECK", "1")
+    monkeypatch.setattr(health, "_tried", set())  # as in another process
+    check("made")
     check("made")
     assert made.tries == 4
 
@@ -251,6 +254,16 @@ def test_reports_outlive_a_crash_and_half_a_line():
     code = f"report(a=1); report(b=2); print({children.MARK!r} + '{{\"c\": '); import os; os._exit(4)"
     outcome = children.run_child(code, (), 20, "a test")
     assert outcome == ({"a": 1, "b": 2}, "it failed in a test (exit code 4)", False)
+
+
+def test_a_child_that_runs_out_of_memory_may_do_better_later():
+    assert children.run_child("raise MemoryError", (), 20, "a test") == ({}, "it failed in a test: MemoryError", True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux lets a process offer itself")
+def test_a_child_goes_first_where_memory_runs_out():
+    outcome = children.run_child("report(score=open('/proc/self/oom_score_adj').read())", (), 20, "a test")
+    assert outcome.facts == {"score": "1000\n"}
 
 
 def test_numpy_needs_no_child(monkeypatch):
