@@ -44,7 +44,7 @@ def _describe(head: bytes) -> tuple[str, str]:
     if text.startswith(_WEB_PAGES):
         return "this is a web page, not a model", "download the file itself, not the page about it"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
-        return "this is a safetensors file, not a GGUF model", "convert it to GGUF, or get the GGUF file of the model"
+        return "this is a safetensors file, a part of a model", "give the path of the folder with its config.json"
     if text.startswith((b"{", b"[")):
         return "this is JSON text, not a model", "if it holds an error message, act on it and download the file again"
     if head.startswith(_OLD_GGML):
