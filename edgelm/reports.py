@@ -20,11 +20,14 @@ from typing import Any
 import edgelm
 from edgelm.cachedir import cache_dir
 from edgelm.engine.health import check
+from edgelm.engine.loading import open_path
 from edgelm.engine.machine import cpu_model
 from edgelm.engine.reading import known, measure
 from edgelm.engine.registry import HINTS, backend_names, get_backend
 from edgelm.errors import EdgeLMError
+from edgelm.files.ggml_types import TensorType
 from edgelm.files.gguf import open_model
+from edgelm.files.index import is_folder
 from edgelm.files.pack import VERSION_KEY, open_pack, refuse_lost_footer
 from edgelm.files.strings import StringArray
 from edgelm.memory.flash import ENOUGH_BYTES, Calibration
@@ -74,11 +77,11 @@ class BackendReport:
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
-    """Read the header of a GGUF file (of a split model: the first part's path); no weights.
+    """Read the header of a GGUF file (of a split model: the first part's path) or of a model folder; no weights.
 
     Raises `ModelNotFound`, `ModelFileError` or `UnsupportedModel`.
     """
-    file = open_model(path)
+    file = open_path(path) if is_folder(path) else open_model(path)
     if VERSION_KEY in file.metadata and open_pack(file.paths[0]) is None:
         refuse_lost_footer(file)
     metadata = {key: _plain(value) for key, value in file.metadata.items()}
@@ -125,6 +128,11 @@ def doctor(path: str | os.PathLike[str] | None = None, *, recheck: bool = False)
     return facts
 
 
+def _type_name(kind: TensorType) -> str:
+    """Return the name of a type; of affine ones only the bits."""
+    return kind.name if kind.affine is None else f"AFFINE{kind.affine.bits}"
+
+
 def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # an array of numbers
         return tuple(value.tolist())
@@ -138,7 +146,7 @@ def _report(name: str, recheck: bool) -> BackendReport:
         return BackendReport(name, found.version or None, False, found.reason, MappingProxyType({}), found.broken)
     can = get_backend(name).capabilities()
     capabilities: dict[str, Any] = {"simulated": True} if can.simulated else {}
-    capabilities |= {"streams": can.streams, "tensor_types": tuple(sorted(kind.name for kind in can.types))}
+    capabilities |= {"streams": can.streams, "tensor_types": tuple(sorted(set(map(_type_name, can.types))))}
     return BackendReport(name, found.version or None, True, None, MappingProxyType(capabilities))
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import UnsupportedModel
-from edgelm.files.ggml_types import TensorType
+from edgelm.files.affine import split_rows
+from edgelm.files.ggml_types import AFFINE_TYPES, TensorType
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -48,7 +49,7 @@ def dequantize(kind: TensorType, raw: Bytes, out: Floats | None = None) -> Float
     """
     if out is None:
         out = np.empty((raw.shape[0], raw.shape[1] // kind.block_bytes * kind.block_size), np.float32)
-    if kind not in _QUANTIZED:
+    if kind not in QUANTIZED:
         _widen(kind, raw, out)
         return out
     parts = take_apart(kind, raw)
@@ -63,6 +64,9 @@ def dequantize(kind: TensorType, raw: Bytes, out: Floats | None = None) -> Float
 
 def take_apart(kind: TensorType, raw: Bytes) -> Parts:
     """Return the integers and scales of quantized weights, `raw` being uint8 [rows, bytes of a row]."""
+    if kind.affine is not None:
+        quants, group_scales, biases = split_rows(kind.affine, raw)
+        return Parts(quants, group_scales[..., None], biases[..., None])
     with np.errstate(invalid="ignore", over="ignore"):
         return _QUANTIZED[kind](raw.reshape(len(raw), -1, kind.block_bytes))
 
@@ -274,7 +278,7 @@ _QUANTIZED: dict[TensorType, Callable[[Bytes], Parts]] = {
     TensorType.NVFP4: _nvfp4,
 }
 
-QUANTIZED = frozenset(_QUANTIZED)
+QUANTIZED = AFFINE_TYPES.union(_QUANTIZED)
 """The tensor types that `take_apart` reads."""
 TYPES = QUANTIZED | {TensorType.F32, TensorType.F16, TensorType.BF16}
 """The tensor types that `dequantize` reads."""

@@ -1,18 +1,28 @@
-"""The tensor types of ggml: id, name, weights per block, bytes per block.
+"""The tensor types of ggml: id, name, weights per block, bytes per block; and MLX's affine quantization beside them.
 
 Knows how many bytes a row takes; knows nothing about what is inside a block.
-Source: `ggml-common.h` and the type table of `ggml.c` in llama.cpp.
+Source: `ggml-common.h` and the type table of `ggml.c` in llama.cpp; `mlx.core.quantize` for the affine types.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import NamedTuple
 
 from edgelm.errors import UnsupportedModel
 
+_FIRST_AFFINE = 0x10000  # GGUF files hold none of these ids
+_AFFINE = tuple(
+    (bits, group, scales) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128) for scales in ("F16", "BF16", "F32")
+)
+
 
 class TensorType(IntEnum):
-    """A ggml tensor type; the value is its id in GGUF files."""
+    """A ggml tensor type, the value is its id in GGUF files; or an affine one, such as `AFFINE4_G64_BF16`.
+
+    A row of an affine type is three runs: all its quants, packed into little-endian 32-bit words from the lowest bit
+    on (`bits` words for 32 weights); the scale of each group; the bias of each group. A weight is `scale * q + bias`.
+    """
 
     F32 = 0
     F16 = 1
@@ -49,6 +59,18 @@ class TensorType(IntEnum):
     NVFP4 = 40
     Q1_0 = 41
     Q2_0 = 42
+
+    _ignore_ = "_at _bits _group _scales"
+    for _at, (_bits, _group, _scales) in enumerate(_AFFINE):
+        vars()[f"AFFINE{_bits}_G{_group}_{_scales}"] = _FIRST_AFFINE + _at
+
+    @property
+    def affine(self) -> Affine | None:
+        """What the name of an affine type says; None for ggml's own types."""
+        if self < _FIRST_AFFINE:
+            return None
+        bits, group, scales = _AFFINE[self - _FIRST_AFFINE]
+        return Affine(bits, group, TensorType[scales])
 
     @property
     def block_size(self) -> int:
@@ -100,6 +122,37 @@ TYPES: dict[TensorType, tuple[int, int]] = {
 }
 """Weights per block and bytes per block of every type."""
 
+
+class Affine(NamedTuple):
+    """MLX's affine quantization: `bits` for a weight, and for each `group` of a row a scale and a bias."""
+
+    bits: int
+    group: int
+    scales: TensorType
+    """Of scales and biases: F16, BF16 or F32."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a type of rows quantized like this."""
+        return (self.bits, self.group, self.scales.name) in _AFFINE
+
+    @property
+    def type(self) -> TensorType:
+        """The tensor type of rows quantized like this. Raises `KeyError` if there is none."""
+        return TensorType[f"AFFINE{self.bits}_G{self.group}_{self.scales.name}"]
+
+    def runs(self, n: int) -> tuple[int, int, int]:
+        """Return the bytes of the three runs of a row of `n` weights: words, scales, biases."""
+        n_scales = n // self.group * self.scales.block_bytes
+        return n * self.bits // 8, n_scales, n_scales
+
+
+AFFINE_TYPES = frozenset(kind for kind in TensorType if kind.affine is not None)
+for _kind in AFFINE_TYPES:
+    _form = _kind.affine
+    assert _form is not None
+    TYPES[_kind] = (_form.group, sum(_form.runs(_form.group)))
+
 REMOVED: dict[int, str] = {
     4: "Q4_2",
     5: "Q4_3",
@@ -124,6 +177,8 @@ def tensor_type(type_id: int) -> TensorType:
             "use a file quantized again, such as Q4_0 or Q4_K_M"
         )
     try:
+        if type_id >= _FIRST_AFFINE:
+            raise ValueError
         return TensorType(type_id)
     except ValueError:
         raise UnsupportedModel(
