@@ -78,7 +78,7 @@ def prepare_file(
         with _alone():
             file = kept.open_prepared(path, source)  # perhaps the process that we waited for has made it
             if file is None:
-                index = kept.index_of(source.paths[0].name, backend, tensors, gathered)
+                index = kept.index_of(source.name, backend, tensors, gathered)
                 _make(path, source, tensors, index, layout, progress)
                 file = kept.open_prepared(path, source)
     except OSError as error:
@@ -194,13 +194,14 @@ def _convert(
     progress: Callable[[int, int], None] | None,
 ) -> array[int]:
     """Write all tiles and return their checksums."""
+    from edgelm.memory.derived import derived
     from edgelm.memory.stores import open_store, span
     from edgelm.memory.verified import verified
 
     sums = array("Q")
     done, total = 0, sum(source.tensors[info.name].n_bytes for info in tensors)
     plain, _ = open_store([str(path) for path in source.paths])
-    store = verified(plain, source)
+    store = verified(derived(plain, source), source)
     steps = [_rows_at_once(source.tensors[info.name], info) for info in tensors]
     read_bytes = max(
         span(PAGE - 1, rows * source.tensors[info.name].row_bytes) for rows, info in zip(steps, tensors, strict=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from edgelm.files.ggml_types import TensorType, row_bytes
+from edgelm.files.ggml_types import Affine, TensorType, row_bytes
 
 if TYPE_CHECKING:
     from edgelm.files.pack import Pack
@@ -58,6 +58,25 @@ class Checksums(NamedTuple):
     hint: str = ""
 
 
+class Derived(NamedTuple):
+    """How the bytes of a tensor are made that stand like this in none of the files.
+
+    `how` says of what: "affine": of words, scales and biases, whose rows become the rows of an affine type; "ggml":
+    of these three, too, whose numbers become the tensor's type; "float32": of one tensor, its numbers plus `plus`;
+    "copy": of one tensor, its bytes (those of a tensor that lies at an odd place); "given": they are `content`.
+    """
+
+    place: TensorInfo
+    """Where the bytes would be: offsets count in a file that holds none of them."""
+    how: Literal["affine", "ggml", "float32", "copy", "given"]
+    sources: tuple[TensorInfo, ...] = ()
+    """Places in the files of the model; words are I32, two dimensions each."""
+    form: Affine | None = None
+    """What words, scales and biases mean."""
+    plus: float = 0.0
+    content: bytes = b""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFile:
     """A model's header. Holds no open file, so the files may be opened by whoever reads the weights.
@@ -80,6 +99,15 @@ class ModelFile:
     """Where the rows of an embedding are, if the matrix of the same name lies in the layout of a backend."""
     checksums: tuple[Checksums, ...] = ()
     """Of the files that have some: `edgelm.memory.verified`."""
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+    """What `edgelm.memory.derived.DerivedStore` makes as it is read, by the names of the tensors. The `file` of their
+    places stands in `file_bytes` as if it held them: a folder's config.json. All else lies where it says."""
+
+    @property
+    def name(self) -> str:
+        """The name of the file, of a folder the folder's."""
+        first = self.paths[0]
+        return first.parent.name if first.name == "config.json" else first.name
 
     @property
     def total_tensor_bytes(self) -> int:

@@ -91,7 +91,11 @@ def placed(
 
     Without `checksums` the file need not be there.
     """
-    shifted = {name: info._replace(file=info.file + 1) for name, info in source.tensors.items()}
+    shifted = {name: _behind(info) for name, info in source.tensors.items()}
+    derived = {
+        name: how._replace(place=_behind(how.place), sources=tuple(map(_behind, how.sources)))
+        for name, how in source.derived.items()
+    }
     own = () if checksums is None else (checksums,)
     return replace(
         source,
@@ -100,7 +104,13 @@ def placed(
         file_bytes=(file_bytes, *source.file_bytes),
         gathered=MappingProxyType({name: shifted[name] for name in gathered}),
         checksums=(*own, *(part._replace(file=part.file + 1) for part in source.checksums)),
+        derived=MappingProxyType(derived),
     )
+
+
+def _behind(info: TensorInfo) -> TensorInfo:
+    """Return the same place where one more file stands before its own."""
+    return info._replace(file=info.file + 1)
 
 
 def index_of(model: str, backend: str, tensors: Iterable[TensorInfo], gathered: Iterable[str]) -> bytes:

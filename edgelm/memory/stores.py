@@ -23,7 +23,8 @@ def span(offset: int, n_bytes: int) -> int:
     return align_up(offset + n_bytes) - align_down(offset) if n_bytes else 0
 
 
-def _check_request(offset: int, n_bytes: int, buffer: memoryview, at: int) -> None:
+def check_request(offset: int, n_bytes: int, buffer: memoryview, at: int) -> None:
+    """Assert what `Store.read_into` asks of its caller."""
     assert offset >= 0, offset
     assert n_bytes >= 0, n_bytes
     assert at % PAGE == 0, at
@@ -92,7 +93,7 @@ class _FileStore:
         self._after_read(self._handles[file])
 
     def read_into(self, file: int, offset: int, n_bytes: int, buffer: memoryview, at: int) -> int:
-        _check_request(offset, n_bytes, buffer, at)
+        check_request(offset, n_bytes, buffer, at)
         handle, lead = self._handles[file], offset % PAGE
         if offset + n_bytes > self._identities[file][0]:
             raise self._ends_early(file, offset, n_bytes, self._identities[file][0])
@@ -216,7 +217,7 @@ class MemoryStore:
         self._files = tuple(memoryview(file).cast("B") for file in files)
 
     def read_into(self, file: int, offset: int, n_bytes: int, buffer: memoryview, at: int) -> int:
-        _check_request(offset, n_bytes, buffer, at)
+        check_request(offset, n_bytes, buffer, at)
         content = self._files[file]
         if offset + n_bytes > len(content):
             raise TruncatedFile(

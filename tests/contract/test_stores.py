@@ -9,7 +9,8 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from edgelm.files.ggml_types import TensorType
-from edgelm.files.model import Checksums, ModelFile, TensorInfo
+from edgelm.files.model import Checksums, Derived, ModelFile, TensorInfo
+from edgelm.memory.derived import derived
 from edgelm.memory.stores import (
     BufferedStore,
     CountingStore,
@@ -38,6 +39,31 @@ class TestCountingStore(StoreContract):
 class TestThrottledStore(StoreContract):
     def make_store(self, contents: tuple[bytes, ...], folder: Path) -> Store:
         return ThrottledStore(MemoryStore(contents), bytes_per_s=10 * GB, latency_s=1e-5)
+
+
+class TestDerivedStore(StoreContract):
+    """Over a first file that stands nowhere: a given tensor, and one that is copied from a file behind the others."""
+
+    def make_store(self, contents: tuple[bytes, ...], folder: Path) -> Store:
+        content, cut = contents[0], 1501
+        at, last = len(content) - cut, len(contents)
+        given = TensorInfo("given", TensorType.I8, (cut,), 0, 0, cut)
+        copied = TensorInfo("copied", TensorType.I8, (at,), 0, cut, at)
+        source = TensorInfo("source", TensorType.I8, (at,), last, cut, at)
+        model = ModelFile(
+            (folder,) * (last + 1),
+            {},
+            {"given": given, "copied": copied},
+            "",
+            0,
+            (len(content),),
+            "",
+            derived={
+                "given": Derived(given, "given", content=content[:cut]),
+                "copied": Derived(copied, "copy", (source,)),
+            },
+        )
+        return derived(MemoryStore([b"", *contents[1:], content]), model)
 
 
 class TestVerifiedStore(StoreContract):
