@@ -3,6 +3,7 @@
 from edgelm.testing.blocks import RANDOM_TYPES, random_weights
 from edgelm.testing.gguf_writer import TensorData, write_gguf, write_split_gguf
 from edgelm.testing.tiny import ARCHITECTURES, SPECS, TinySpec, tiny_model, tiny_spec
+from edgelm.testing.tiny_folder import tiny_folder
 
 __all__ = [
     "ARCHITECTURES",
@@ -11,6 +12,7 @@ __all__ = [
     "TensorData",
     "TinySpec",
     "random_weights",
+    "tiny_folder",
     "tiny_model",
     "tiny_spec",
     "write_gguf",

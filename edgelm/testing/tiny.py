@@ -136,13 +136,19 @@ def tiny_model(
     `{"default": "Q4_K", "ffn_down": "Q6_K", "token_embd": "Q8_0"}`; norms and biases are F32. `metadata` is added, a
     value of None removes a key. `overrides` are fields of `TinySpec`. The same arguments give the same bytes.
     """
-    spec = tiny_spec(architecture, types, **overrides)
-    every_key = {**_metadata(spec), **(metadata or {})}
-    keys = {key: value for key, value in every_key.items() if value is not None}
-    tensors = list(_tensors(spec, len(keys["tokenizer.ggml.tokens"]), types, seed))
+    own, tensors = tiny_parts(tiny_spec(architecture, types, **overrides), types, seed, metadata)
+    keys = {key: value for key, value in own.items() if value is not None}
     if n_parts > 1:
         return write_split_gguf(path, keys, tensors, n_parts)[0]
     return write_gguf(path, keys, tensors)
+
+
+def tiny_parts(
+    spec: TinySpec, types: str | Mapping[str, str], seed: int, metadata: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], list[TensorData]]:
+    """Return the metadata and the tensors of a random model."""
+    keys = {**_metadata(spec), **(metadata or {})}
+    return keys, list(_tensors(spec, len(keys["tokenizer.ggml.tokens"]), types, seed))
 
 
 def _metadata(spec: TinySpec) -> dict[str, Any]:

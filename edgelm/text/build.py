@@ -18,12 +18,13 @@ import numpy.typing as npt
 from edgelm.errors import UnsupportedModel
 from edgelm.text import special
 from edgelm.text.hashing import Hashes, SubstringHashes
-from edgelm.text.pretokenize import PreTokenizer, pre_tokenizer
+from edgelm.text.pretokenize import WHOLE, PreTokenizer, pre_tokenizer
 from edgelm.text.tables import (
     BIGRAM_BITS,
     BYTE,
     CONTROL,
     NORMAL,
+    STRIP_RIGHT,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
@@ -34,7 +35,7 @@ from edgelm.text.tables import (
 )
 
 _ATTR_OF_TYPE = bytes((0, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE))
-_DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {"bos": 11, "eos": 11}, "gemma4": {}}
+_DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {"bos": 11, "eos": 11}, "gemma4": {}, "bpe": {}}
 _CHUNK = 8192
 
 
@@ -76,11 +77,13 @@ def build_tables(metadata: Mapping[str, Any]) -> list[bytes]:
     Raises `UnsupportedModel` for a kind of tokenizer, or a pre-tokenizer, that edgelm does not have.
     """
     kind = metadata.get("tokenizer.ggml.model", "none")
-    if kind not in _DEFAULT_IDS:
+    if kind not in _DEFAULT_IDS or (kind == "bpe" and special.END_IDS not in metadata):
         raise UnsupportedModel(
             f"the file's tokenizer is of kind {kind!r} (known: gpt2, llama, gemma4); use another model"
         )
-    pre = pre_tokenizer("gemma4" if kind == "gemma4" else metadata.get("tokenizer.ggml.pre", ""))
+    pre = (
+        WHOLE if kind == "bpe" else pre_tokenizer(kind if kind == "gemma4" else metadata.get("tokenizer.ggml.pre", ""))
+    )
     strings: Strings | None = metadata.get("tokenizer.ggml.tokens")
     if strings is None or not len(strings):
         raise UnsupportedModel("the file holds no vocabulary (tokenizer.ggml.tokens); convert the model again")
@@ -114,7 +117,8 @@ def _attrs(metadata: Mapping[str, Any], n_tokens: int) -> bytes:
 
 
 def _meta(metadata: Mapping[str, Any], kind: str, pre: PreTokenizer, texts: _Texts, attrs: bytearray) -> dict[str, Any]:
-    ids = special.special_ids(metadata, len(attrs), _DEFAULT_IDS[kind])
+    from_json = special.END_IDS in metadata
+    ids = special.special_ids(metadata, len(attrs), {} if from_json else _DEFAULT_IDS[kind])
     if pre.name in ("chatglm-bpe", "glm4", "glm5") and "tokenizer.ggml.bos_token_id" not in metadata:
         ids.pop("bos", None)
     lookup = texts.lookup()
@@ -122,9 +126,13 @@ def _meta(metadata: Mapping[str, Any], kind: str, pre: PreTokenizer, texts: _Tex
     kinds = np.frombuffer(bytes(attrs), dtype=np.uint8) & (CONTROL | USER_DEFINED | UNKNOWN)
     found = sorted(np.flatnonzero(kinds).tolist(), key=lambda token: -len(lookup.text(token)))
     name = str(metadata.get("general.name", "")).lower()
-    if "phi-3" in name or "phi3" in name:
+    if from_json:
+        ends = sorted({*ends, *metadata[special.END_IDS].tolist()})
+        for token in metadata[special.STRIP_RIGHT_IDS].tolist():
+            attrs[token] |= STRIP_RIGHT
+    elif "phi-3" in name or "phi3" in name:
         special.strip_right(attrs, found, lookup.find)
-    spm = kind == "llama"
+    spm, space_prefix = kind == "llama", metadata.get("tokenizer.edgelm.space_prefix", "")
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", spm or pre.add_bos))
     return {
         "kind": kind,
@@ -134,7 +142,9 @@ def _meta(metadata: Mapping[str, Any], kind: str, pre: PreTokenizer, texts: _Tex
         "special": found,
         "add_bos": add_bos or pre.name in ("gemma4", "granite-embed-multi-311m"),
         "add_eos": bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
-        "add_space_prefix": spm and bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+        "add_space_prefix": bool(metadata.get("tokenizer.ggml.add_space_prefix", True)) if spm else bool(space_prefix),
+        "space_prefix": space_prefix,
+        "nfc": metadata.get("tokenizer.edgelm.nfc", False),
     }
 
 

@@ -25,9 +25,14 @@ def default_folder() -> Path:
     return cache_dir() / "tokenizers"
 
 
+def path_of(key: str, folder: Path | None = None) -> Path:
+    """Return where the tables of `key` are kept."""
+    return (folder or default_folder()) / f"{re.sub('[^0-9a-zA-Z]', '_', key)}-{FORMAT}.tables"
+
+
 def cached_tables(key: str, build: Callable[[], list[bytes]], folder: Path | None) -> Tables:
     """Return the tables of `key` from `folder` (None: the default), building and keeping them if need be."""
-    path = (folder or default_folder()) / f"{re.sub('[^0-9a-zA-Z]', '_', key)}-{FORMAT}.tables"
+    path = path_of(key, folder)
     try:
         return _map(path)
     except (OSError, BadTables):

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from edgelm.text.merge import merge_pairs
-from edgelm.text.pretokenize import PreTokenizer
+from edgelm.text.pretokenize import WHOLE, PreTokenizer
 from edgelm.text.tables import Tables, bigram_bit
 from edgelm.text.unicode_classes import code_points
 
@@ -139,16 +139,20 @@ class _Characters:
 
 
 class RawPairEncoder:
-    """Byte-pair encoding over characters, whole lines at a time, with bytes spelled `<0xXX>` (Gemma 4)."""
+    """Byte-pair encoding over characters, with bytes spelled `<0xXX>`: over whole lines (Gemma 4), or over all text."""
 
     def __init__(self, tables: Tables, pre: PreTokenizer) -> None:
         self._tables, self._pre = tables, pre
-        self._newlines_whole = pre.name != "sarvam-moe"
+        self._newlines_whole = pre.name not in ("sarvam-moe", WHOLE.name)
+        self._prefix: str = tables.meta.get("space_prefix", "")
         self._segments = _Segments(tables)
         self._segment = WordCache(self._encode_segment)
 
     def encode(self, text: str, after_special: bool) -> Iterator[int]:
-        for line in self._pre.words(text.replace(" ", SPACE)):
+        text = text.replace(" ", SPACE)
+        if after_special and self._prefix and (self._prefix == "prepend" or not text.startswith(SPACE)):
+            text = SPACE + text
+        for line in self._pre.words(text):
             if self._newlines_whole and line[0] == "\n" and (whole := self._tables.find_token(line.encode())) >= 0:
                 yield whole
                 continue

@@ -275,6 +275,10 @@ _WHOLE_WORDS = _BOS_ADDERS | {"minicpm5", "youtu", "glm4", "glm5", "tekken", "gr
 _RAW = frozenset({"gemma4", "granite-embed-multi-311m", "sarvam-moe"})
 
 
+WHOLE = PreTokenizer("", (), raw=True)
+"""Cuts nothing: for merges over characters, as the tokenizers library does them."""
+
+
 def pre_tokenizer(name: str) -> PreTokenizer:
     """Return what `tokenizer.ggml.pre` names; the empty name is `default`, as in libllama.
 

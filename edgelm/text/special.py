@@ -12,6 +12,9 @@ from edgelm.text.tables import CONTROL, NORMAL, STRIP_RIGHT, UNKNOWN, USER_DEFIN
 
 Find = Callable[[bytes], int]
 
+# keys of edgelm's own, for tokenizers that do not come from a GGUF header
+END_IDS, STRIP_RIGHT_IDS = "tokenizer.edgelm.end_ids", "tokenizer.edgelm.strip_right_ids"
+
 END_TEXTS = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",

@@ -10,17 +10,15 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unicodedata import normalize
 
 from edgelm.errors import ModelFileError
 from edgelm.text.cache import cached_tables
 from edgelm.text.encoders import ByteLevelEncoder, Encoder, RawPairEncoder, ScoreEncoder
-from edgelm.text.pretokenize import pre_tokenizer
+from edgelm.text.pretokenize import WHOLE, pre_tokenizer
 from edgelm.text.prompt import Prompt
 from edgelm.text.special import SpecialTexts
 from edgelm.text.tables import BYTE, CONTROL, FORMAT, NORMAL, UNKNOWN, USER_DEFINED, BadTables, Tables
-
-if TYPE_CHECKING:
-    from edgelm.text.build import ModelHeader
 
 if TYPE_CHECKING:
     from edgelm.text.build import ModelHeader
@@ -63,6 +61,8 @@ class Tokenizer:
         """Every id that ends a generation: end of text, of turn, of message."""
         self.adds_bos: bool = meta["add_bos"] and self.bos_id is not None
         self._adds_eos: bool = meta["add_eos"] and self.eos_id is not None
+        self._nfc: bool = meta.get("nfc", False)
+        self._prefix_once = meta.get("space_prefix") == "first"
         self._specials = SpecialTexts(tables)
         self._encoder = _encoder_for(tables)
 
@@ -100,9 +100,10 @@ class Tokenizer:
         for part in self._specials.partition(text, parse_special=parse_special):
             if isinstance(part, int):
                 ids.append(part)
-                after_special = True
+                after_special = not self._prefix_once
             else:
-                ids.extend(self._encoder.encode(prompt.restore(part.decode()), after_special))
+                plain = prompt.restore(part.decode())
+                ids.extend(self._encoder.encode(normalize("NFC", plain) if self._nfc else plain, after_special))
                 after_special = False
 
     def token_bytes(self, token: int) -> bytes:
@@ -180,6 +181,8 @@ class IncrementalDecoder:
 def _encoder_for(tables: Tables) -> Encoder:
     if tables.meta["kind"] == "llama":
         return ScoreEncoder(tables)
+    if tables.meta["kind"] == "bpe":
+        return RawPairEncoder(tables, WHOLE)
     pre = pre_tokenizer(tables.meta["pre"])
     return RawPairEncoder(tables, pre) if pre.raw else ByteLevelEncoder(tables, pre)
 
