@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 from edgelm.engine.choosing import Asked, Candidate, consider
+from edgelm.engine.loading import open_path
 from edgelm.engine.weighed import UNKNOWN
 from edgelm.errors import BackendUnavailable, BudgetTooSmall, EdgeLMError, UnsupportedModel
-from edgelm.files.index import open_indexed
 from edgelm.opening import budget_of, device_of, get_ready, threads_of
 
 
@@ -29,7 +29,7 @@ def candidates(
     device = device_of(simulate, threads)
     budget_bytes, _ = budget_of(memory, device)
     asked = Asked(os.fspath(path), budget_bytes, threads_of(threads, device), context, 1, simulate)
-    return consider(open_indexed(path), asked, fresh=recheck)
+    return consider(open_path(path), asked, fresh=recheck)
 
 
 def weigh(

@@ -10,15 +10,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from edgelm.engine.backend import Backend, Session, layout_of
+from edgelm.engine.backend import Backend, Session
 from edgelm.engine.calibration import measured_rates
 from edgelm.engine.choosing import Asked, choose
 from edgelm.engine.demand import CHUNKS, RESERVE_BYTES
 from edgelm.engine.forward import Engine
 from edgelm.engine.health import open_session
-from edgelm.engine.loading import Prepared, Request, build, default_context, prepare
+from edgelm.engine.loading import Prepared, Request, build, computable, default_context, layout_for, open_path, prepare
 from edgelm.errors import (
     BackendUnavailable,
     BudgetTooSmall,
@@ -27,13 +28,14 @@ from edgelm.errors import (
     PreparationError,
     UnsupportedModel,
 )
-from edgelm.files.index import open_indexed
+from edgelm.files.index import is_folder
 from edgelm.files.model import ModelFile
+from edgelm.memory.derived import derived, derived_loader
 from edgelm.memory.meter import Meter
 from edgelm.memory.plan import Plan
 from edgelm.memory.platform import current_platform
 from edgelm.memory.platform.allocator import trim, tune_allocator
-from edgelm.memory.stores import Store, ThrottledStore, open_loader, open_store
+from edgelm.memory.stores import Store, ThrottledStore, open_store
 from edgelm.memory.verified import verified
 from edgelm.simulated import Device, get_device
 from edgelm.sizes import MB, human, parse_size
@@ -105,7 +107,7 @@ def open_engine(
     ready = get_ready(path, memory, backend, threads, context, max_outputs, simulate, making)
     try:
         file = ready.prepared.file
-        loader = open_loader([str(part) for part in file.paths], ready.store)
+        loader = derived_loader([str(part) for part in file.paths], ready.store, file)
         checked = verified(ready.store, file)
         engine = build(ready.prepared, checked, verified(loader, file, again=ready.store), progress)
         if loader is not ready.store:
@@ -154,11 +156,15 @@ def get_ready(
     device = device_of(simulate, threads)
     n_threads = threads_of(threads, device)
     tune_allocator()
-    source = open_indexed(path)
+    source = open_path(path)
     budget_bytes, note = budget_of(memory, device)
     asked = Asked(os.fspath(path), budget_bytes, n_threads, context, max_outputs, simulate)
     host = _Host(current_platform().rss_bytes(), host_bytes)
     choice = choose(source, backend, asked)  # trial runs in children, if any, come before this process grows
+    if is_folder(path):
+        from edgelm.engine.foldertext import build_tables_apart
+
+        build_tables_apart(Path(path), source.fingerprint)
     tokenizer = load_tokenizer(source)
     failures: list[EdgeLMError] = []
     notes = list(note)
@@ -205,7 +211,7 @@ def _with_backend(
     store: Store | None = None
     try:
         file, readable, told, lost = _in_layout(source, chosen, session, request, making)
-        store, _ = open_store([str(part) for part in readable.paths])
+        store = derived(open_store([str(part) for part in readable.paths])[0], readable)
         if device:
             store = ThrottledStore(store, device.flash_bytes_per_s, device.latency_s)
         free_bytes = budget_bytes - current_platform().rss_bytes() - host.beside_bytes - SPARE_BYTES
@@ -235,22 +241,24 @@ def _in_layout(
 
     Its matrices are put into the backend's layout if they never were; without `making` that is only reckoned.
     """
-    layout = layout_of(backend)
+    source, told, lost = computable(source, backend)
+    layout = layout_for(source, backend)
     if layout is None:
-        return source, source, (), ()
+        return source, source, told, lost
     from edgelm.engine.preparing import look_up, prepare_file
 
     found = look_up(source, layout)
+    told, lost = (*told, *found.errors), (*lost, *found.errors)
     if found.exists:
-        return found.file, found.file, found.errors, found.errors
+        return found.file, found.file, told, lost
     if making is None:
-        return found.file, source, found.errors, found.errors
+        return found.file, source, told, lost
     prepare(found.file, backend, session, request, _process_bytes(source), None)  # refuses before the work, not after
     where = f"{human(found.file.file_bytes[0])} in {found.file.paths[0].parent}"
     if making.notice is not None:
-        making.notice(f"preparing {source.paths[0].name} for the {backend.name} backend, once: {where}")
+        making.notice(f"preparing {source.name} for the {backend.name} backend, once: {where}")
     file = prepare_file(source, layout, backend.name, making.progress)
-    return file, file, (*found.errors, f"prepared for the {backend.name} backend: {where}"), found.errors
+    return file, file, (*told, f"prepared for the {backend.name} backend: {where}"), lost
 
 
 def device_of(simulate: str | None, threads: int | None) -> Device | None:

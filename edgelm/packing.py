@@ -26,7 +26,9 @@ from edgelm.engine.loading import default_context
 from edgelm.engine.registry import get_architecture
 from edgelm.errors import ConfigError, EdgeLMError
 from edgelm.files import pack as form
+from edgelm.files.errors import NotAModelFile
 from edgelm.files.gguf import fingerprint_of, open_model, read_part
+from edgelm.files.index import is_folder
 from edgelm.files.model import ModelFile, TensorInfo
 from edgelm.files.summary import summary_of
 from edgelm.files.writing import PARTIAL, free_bytes, whole_or_nothing
@@ -98,6 +100,12 @@ def pack(
     Raises `PackError` where the file cannot be written, `UnsupportedModel` for a model that edgelm cannot run, and what
     `load` raises for a file that is damaged.
     """
+    if is_folder(path):
+        raise NotAModelFile(
+            path,
+            "packs are made of GGUF files, and a folder needs no pack",
+            "load the folder: its weights stream as they are",
+        )
     source = open_model(path)
     if form.VERSION_KEY in source.metadata:
         raise ConfigError(f"{path}: this is a pack already; give the GGUF file that it was made of")

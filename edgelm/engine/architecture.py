@@ -90,6 +90,8 @@ def rope_spec(
 ) -> RopeSpec:
     """Return the rotary embedding that the file asks for: plain, linear, or YaRN.
 
+    `neox` is the order of rotated pairs in GGUF files of the architecture: in two halves of a head, or side by side.
+    Folders have halves always, and say so with `rope.neox`, which GGUF does not know.
     `scaled=False` leaves out the division of positions (Gemma 3's sliding layers). The magnitude of YaRN,
     `1 + 0.1 ln(factor)`, is the kernel's; `attn_factor` is what the file multiplies it with. The ramp's ends are
     those of the paper (32 and 1), whatever the file says, as in llama.cpp for all architectures here.
@@ -98,7 +100,7 @@ def rope_spec(
     return RopeSpec(
         n_heads=n_heads,
         n_dims=cfg.rope_dims,
-        neox=neox,
+        neox=neox or cfg.meta.bool("rope.neox", default=False),
         base=cfg.rope_base if base is None else base,
         freq_scale=1.0 / factor if scaled else 1.0,
         ext_factor=1.0 if kind == "yarn" else 0.0,

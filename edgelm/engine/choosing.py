@@ -17,6 +17,7 @@ from edgelm.engine.ranking import Seen, rank_of, reasons_of
 from edgelm.engine.registry import backend_names, get_backend
 from edgelm.engine.weighed import Weighed, forget, keep, recall
 from edgelm.errors import BackendUnavailable, UnsupportedModel
+from edgelm.files.ggml_types import TensorType
 from edgelm.files.model import ModelFile
 from edgelm.memory.platform import current_platform
 
@@ -165,9 +166,19 @@ def _look(name: str, file: ModelFile) -> Seen:
     if not verdict.available:
         return Seen(name, verdict, why_not=verdict.reason, broken=verdict.broken)
     can = get_backend(name).capabilities()
-    missing = {info.type for info in file.tensors.values() if info.n_rows > 1} - can.types
+    types = {info.type for info in file.tensors.values() if info.n_rows > 1}
+    missing = {kind for kind in types if kind not in can.types and _held(kind) not in can.types}
     why_not = f"it does not compute {', '.join(sorted(kind.name for kind in missing))}" if missing else ""
     return Seen(name, verdict, can.simulated, why_not)
+
+
+def _held(kind: TensorType) -> TensorType:
+    """Return the type that weights of this type can be converted to."""
+    if kind.affine is None:
+        return kind
+    from edgelm.files.affine import holder
+
+    return holder(kind.affine)[0]
 
 
 def _weigher(file: ModelFile, asked: Asked, spare: int) -> Callable[[Seen], Seen]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgelm.engine.architecture import record
-from edgelm.engine.backend import Adopting, Backend, CacheLayout, Session
+from edgelm.engine.backend import Adopting, Backend, CacheLayout, Session, WeightLayout, layout_of
 from edgelm.engine.demand import Demands, Model, describe, with_room
 from edgelm.engine.forward import Engine
 from edgelm.engine.registry import get_architecture
 from edgelm.errors import BudgetTooSmall, ConfigError, UnsupportedModel
+from edgelm.files.index import is_folder, open_indexed
 from edgelm.files.meta import Meta
 from edgelm.files.model import ModelFile
 from edgelm.memory.arena import KVArena
@@ -58,6 +61,37 @@ class Prepared:
     pattern: ReadPattern | None
     streams: bool
     cache: CacheLayout
+
+
+def open_path(path: str | PathLike[str]) -> ModelFile:
+    """Return the header of a GGUF file, a pack or a model folder. Raises what opening one of them raises."""
+    if not is_folder(path):
+        return open_indexed(path)
+    from edgelm.engine.folders import open_folder
+
+    return open_folder(Path(path))
+
+
+def computable(file: ModelFile, backend: Backend) -> tuple[ModelFile, tuple[str, ...], tuple[str, ...]]:
+    """Return the file with types that the backend does not have as others, if that can be.
+
+    With it a sentence on each type that is converted, and on what is lost.
+    """
+    if not file.derived:
+        return file, (), ()
+    from edgelm.engine.folders import converted
+
+    return converted(file, backend.capabilities().types)
+
+
+def layout_for(file: ModelFile, backend: Backend) -> WeightLayout | None:
+    """Return the layout that a computable file is to be prepared in; None if the backend takes it as it is."""
+    layout = layout_of(backend)
+    if layout is not None or not any(how.how == "ggml" for how in file.derived.values()):
+        return layout
+    from edgelm.engine.folders import GgmlLayout
+
+    return GgmlLayout(file)
 
 
 def prepare(

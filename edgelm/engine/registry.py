@@ -60,6 +60,11 @@ def get_backend(name: str) -> Backend:
         raise BackendUnavailable(name, str(exc), HINTS.get(name, f"check {target}")) from exc
 
 
+def architecture_names() -> tuple[str, ...]:
+    """Return the names of all registered architectures, built-ins first."""
+    return tuple(dict.fromkeys((*ARCHITECTURES, *entries("edgelm.architectures"))))
+
+
 def get_architecture(name: str) -> Architecture:
     """Return the architecture of this name. Raises `UnsupportedModel`."""
     target = ARCHITECTURES.get(name) or entries("edgelm.architectures").get(name)

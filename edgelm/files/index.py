@@ -18,6 +18,7 @@ from edgelm.files.summary import restored, summary_of
 from edgelm.hashing import blake2b
 
 VERSION = 2
+_FOLDER_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 
 
 def open_indexed(path: str | os.PathLike[str]) -> ModelFile:
@@ -56,6 +57,11 @@ def content_key(model: ModelFile) -> str:
     if not model.checksums:
         digest.update(repr([facts[1:] for facts in _facts(model.paths)]).encode())  # devices are numbered at each start
     return digest.hexdigest()
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Say whether `path` is a model folder: `edgelm.files.folder.read_folder` reads those."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in _FOLDER_FILES)
 
 
 def _facts(paths: Sequence[Path]) -> list[list[int]]:

@@ -16,11 +16,14 @@ import numpy.typing as npt
 from edgelm.engine.architecture import record
 from edgelm.engine.backend import Bindings, CacheGroup, CacheLayout, PassShape, Session, WeightLayout, layout_of
 from edgelm.engine.ir import AttendSpec, Placed, Trace, Weight, place
+from edgelm.engine.loading import computable, open_path
 from edgelm.engine.preparing import packed_bytes
 from edgelm.engine.registry import get_architecture, get_backend
 from edgelm.errors import ContextOverflow
-from edgelm.files.gguf import open_model
 from edgelm.files.model import ModelFile
+from edgelm.memory.buffer import Buffer
+from edgelm.memory.derived import derived
+from edgelm.memory.stores import open_store, span
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -43,7 +46,7 @@ def evaluate(
     `passes` says how many tokens each pass takes: `(40, 1, 1)` is a prompt and two decode steps; all at once without.
     `n_context` defaults to the training's. Raises what opening and recording the model raise.
     """
-    model = open_model(path)
+    model, _, _ = computable(open_path(path), get_backend(backend))
     if n_context is None:
         n_context = int(model.metadata[f"{model.architecture}.context_length"])
     if len(token_ids) > n_context:
@@ -144,6 +147,14 @@ def _mask(positions: npt.NDArray[np.int32], length: int, window: int) -> Floats:
 def _read(model: ModelFile, weight: Weight) -> Bytes:
     info = model.tensors[weight.tensor]
     data = _aligned(weight.rows * info.row_bytes)
+    if weight.tensor in model.derived:
+        store = derived(open_store([str(path) for path in model.paths])[0], model)
+        start = info.offset + weight.first_row * info.row_bytes
+        with Buffer(span(start, len(data))) as buffer:
+            first = store.read_into(info.file, start, len(data), buffer.view, 0)
+            data[:] = np.frombuffer(buffer.view, np.uint8, len(data), first)
+        store.close()
+        return data
     with open(model.paths[info.file], "rb") as file:
         file.seek(info.offset + weight.first_row * info.row_bytes)
         file.readinto(data.data)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from edgelm.engine.architecture import ModelConfig, rope_spec, sliding_windows
 from edgelm.engine.ir import AttendSpec
 from edgelm.engine.ops import Ops, Tensor, Weights
 from edgelm_models.parts import feed_forward, inverse_sqrt, qkv
 
+if TYPE_CHECKING:
+    from edgelm.engine.translation import Config, Translation
+
 ARCHITECTURES = ("gemma2",)
+MODEL_TYPES = ("gemma2",)
 
 _PERIOD = 2  # every second layer sees everything
 _WINDOW = 4096
@@ -45,3 +50,20 @@ def block(ops: Ops, w: Weights, x: Tensor, layer: int, window: int, cfg: ModelCo
     x = ops.add(ops.rms_norm(h, w["post_attention_norm"], cfg.eps), x)
     h = feed_forward(ops, w, ops.rms_norm(x, w["ffn_norm"], cfg.eps), "gelu")
     return ops.add(ops.rms_norm(h, w["post_ffw_norm"], cfg.eps), x)
+
+
+def from_config(config: Config) -> Translation:
+    from edgelm.engine.translation import Translation
+    from edgelm_models import configs
+
+    metadata = configs.common(config.with_defaults({"head_dim": 256}), "gelu_pytorch_tanh")
+    keys, vectors = configs.rope(config)
+    n_heads, wide = metadata["attention.head_count"], metadata["block_count"] == _LAYERS_27B
+    per_head = metadata["embedding_length"] // n_heads if wide else metadata["attention.key_length"]
+    configs.same_scale(config, per_head)
+    caps = {
+        "attn_logit_softcapping": config.float("attn_logit_softcapping", least=1e-3),
+        "final_logit_softcapping": config.float("final_logit_softcapping", least=1e-3),
+    }
+    metadata |= keys | caps | configs.windows(config.with_defaults({"sliding_window": _WINDOW}), _PERIOD)
+    return Translation(metadata, configs.NAMES | configs.POST_NORMS, vectors, norm_plus=1.0)

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from edgelm.engine.architecture import ModelConfig, rope_spec, sliding_windows
 from edgelm.engine.ir import AttendSpec
 from edgelm.engine.ops import Ops, Tensor, Weights
 from edgelm_models.parts import feed_forward, inverse_sqrt, qkv
 
+if TYPE_CHECKING:
+    from edgelm.engine.translation import Config, Translation
+
 ARCHITECTURES = ("gemma3",)
+MODEL_TYPES = ("gemma3_text", "gemma3")
 
 _PERIOD = 6  # every sixth layer sees everything
 _SLIDING_BASE = 10000.0
 _LAYERS_27B = 62
+# what config.json may leave out: the values of transformers' Gemma3TextConfig
+_DEFAULTS = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
 
 
 def record(ops: Ops, w: Weights, cfg: ModelConfig) -> Tensor:
@@ -46,3 +62,21 @@ def block(ops: Ops, w: Weights, x: Tensor, layer: int, window: int, cfg: ModelCo
     x = ops.add(ops.rms_norm(h, w["post_attention_norm"], cfg.eps), x)
     h = feed_forward(ops, w, ops.rms_norm(x, w["ffn_norm"], cfg.eps), "gelu")
     return ops.add(ops.rms_norm(h, w["post_ffw_norm"], cfg.eps), x)
+
+
+def from_config(config: Config) -> Translation:
+    from edgelm.engine.translation import Translation
+    from edgelm_models import configs
+
+    config = config.with_defaults(_DEFAULTS)
+    metadata = configs.common(config, "gelu_pytorch_tanh")
+    keys, vectors = configs.rope(config)
+    n_heads, wide = metadata["attention.head_count"], metadata["block_count"] == _LAYERS_27B
+    configs.same_scale(config, metadata["embedding_length"] // n_heads if wide else metadata["attention.key_length"])
+    local = configs.rope_part(config, "sliding_attention") if config.has("rope_parameters") else config
+    metadata |= keys | configs.windows(config, config.int("sliding_window_pattern", _PERIOD, least=1))
+    metadata["rope.freq_base_swa"] = config.float("rope_local_base_freq", local.float("rope_theta", _SLIDING_BASE))
+    metadata["final_logit_softcapping"] = config.float("final_logit_softcapping", 0.0, least=0.0)
+    names = configs.NAMES | configs.HEAD_NORMS | configs.POST_NORMS
+    # of a model that sees, only the text is loaded
+    return Translation(metadata, names, vectors, norm_plus=1.0, ignored=("vision_tower.", "multi_modal_projector."))

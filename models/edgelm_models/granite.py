@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from edgelm.engine.architecture import ModelConfig, rope_factors, rope_spec
 from edgelm.engine.ir import AttendSpec
 from edgelm.engine.ops import Ops, Tensor, Weights
 from edgelm.errors import UnsupportedModel
 from edgelm_models.parts import feed_forward, inverse_sqrt, qkv
 
+if TYPE_CHECKING:
+    from edgelm.engine.translation import Config, Translation
+
 ARCHITECTURES = ("granite",)
+MODEL_TYPES = ("granite",)
 
 
 def record(ops: Ops, w: Weights, cfg: ModelConfig) -> Tensor:
@@ -41,3 +47,18 @@ def block(ops: Ops, model: Weights, x: Tensor, layer: int, cfg: ModelConfig) -> 
     x = ops.add(ops.scale(h, residual_scale), x)
     h = feed_forward(ops, w, ops.rms_norm(x, w["ffn_norm"], cfg.eps))
     return ops.add(ops.scale(h, residual_scale), x)
+
+
+def from_config(config: Config) -> Translation:
+    from edgelm.engine.translation import Translation
+    from edgelm_models import configs
+
+    configs.no_windows(config)
+    keys, vectors = configs.rope(config, neox_differs=True)
+    scales = {
+        "embedding_scale": config.float("embedding_multiplier", 1.0),
+        "residual_scale": config.float("residual_multiplier", 1.0),
+        "attention.scale": config.float("attention_multiplier", 1.0),
+        "logit_scale": config.float("logits_scaling", 1.0),
+    }
+    return Translation(configs.common(config) | keys | scales, configs.NAMES, vectors)

@@ -5,12 +5,18 @@ Mistral's sliding window is not applied: files of this architecture attend to th
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from edgelm.engine.architecture import ModelConfig, rope_factors, rope_spec
 from edgelm.engine.ir import AttendSpec
 from edgelm.engine.ops import Ops, Tensor, Weights
 from edgelm_models.parts import feed_forward, inverse_sqrt, qkv
 
+if TYPE_CHECKING:
+    from edgelm.engine.translation import Config, Translation
+
 ARCHITECTURES = ("llama",)
+MODEL_TYPES = ("llama", "mistral")
 
 
 def record(ops: Ops, w: Weights, cfg: ModelConfig) -> Tensor:
@@ -35,3 +41,15 @@ def block(ops: Ops, model: Weights, x: Tensor, layer: int, cfg: ModelConfig) -> 
     x = ops.add(h, x)
     h = ops.rms_norm(x, w["ffn_norm"], cfg.eps)
     return ops.add(feed_forward(ops, w, h), x)
+
+
+def from_config(config: Config) -> Translation:
+    from edgelm.engine.translation import Translation
+    from edgelm_models import configs
+
+    configs.no_windows(config)
+    metadata = configs.common(config)
+    # GGUF files of this architecture have no windows: as far as one reaches, the answers are the same
+    metadata["context_length"] = min(metadata["context_length"], config.int("sliding_window", 2**31 - 1, least=1))
+    keys, vectors = configs.rope(config, neox_differs=True)
+    return Translation(metadata | keys, configs.NAMES, vectors)

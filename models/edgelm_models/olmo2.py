@@ -5,12 +5,18 @@ OLMo 3 has three sliding layers to each full one; they keep plain positions wher
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from edgelm.engine.architecture import ModelConfig, rope_spec, sliding_windows
 from edgelm.engine.ir import AttendSpec, RopeSpec
 from edgelm.engine.ops import Ops, Tensor, Weights
 from edgelm_models.parts import feed_forward, inverse_sqrt, qkv
 
+if TYPE_CHECKING:
+    from edgelm.engine.translation import Config, Translation
+
 ARCHITECTURES = ("olmo2",)
+MODEL_TYPES = ("olmo2", "olmo3")
 
 _PERIOD = 4  # every fourth layer sees everything
 
@@ -40,3 +46,14 @@ def block(ops: Ops, w: Weights, x: Tensor, layer: int, window: int, cfg: ModelCo
 def _rope(cfg: ModelConfig, n_heads: int, window: int) -> RopeSpec:
     spec = rope_spec(cfg, n_heads, neox=True)
     return spec._replace(freq_scale=1.0, ext_factor=0.0, attn_factor=1.0) if window else spec
+
+
+def from_config(config: Config) -> Translation:
+    from edgelm.engine.translation import Translation
+    from edgelm_models import configs
+
+    keys, vectors = configs.rope(config)
+    if config.str("model_type") == "olmo3":
+        keys |= configs.windows(config, _PERIOD)
+    names = configs.NAMES | configs.HEAD_NORMS | configs.POST_NORMS
+    return Translation(configs.common(config) | keys, names, vectors)

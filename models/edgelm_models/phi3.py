@@ -5,12 +5,18 @@ The sliding window that some of the files state is not applied, as in llama.cpp.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from edgelm.engine.architecture import ModelConfig, rope_factors, rope_spec
 from edgelm.engine.ir import AttendSpec
 from edgelm.engine.ops import Ops, Tensor, Weights
 from edgelm_models.parts import inverse_sqrt, qkv
 
+if TYPE_CHECKING:
+    from edgelm.engine.translation import Config, Translation
+
 ARCHITECTURES = ("phi3",)
+MODEL_TYPES = ("phi3",)
 
 
 def record(ops: Ops, w: Weights, cfg: ModelConfig) -> Tensor:
@@ -38,3 +44,12 @@ def block(ops: Ops, model: Weights, x: Tensor, layer: int, cfg: ModelConfig) -> 
     half = h.width // 2
     h = ops.gate(ops.slice(h, 0, half), ops.slice(h, half, half))
     return ops.add(x, ops.linear(h, w["ffn_down"]))
+
+
+def from_config(config: Config) -> Translation:
+    from edgelm.engine.translation import Translation
+    from edgelm_models import configs
+
+    keys, vectors = configs.rope(config)
+    fused = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+    return Translation(configs.common(config) | keys, configs.NAMES | fused, vectors)

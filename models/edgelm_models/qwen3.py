@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from edgelm.engine.architecture import ModelConfig, rope_spec
 from edgelm.engine.ir import AttendSpec
 from edgelm.engine.ops import Ops, Tensor, Weights
 from edgelm_models.parts import feed_forward, inverse_sqrt, qkv
 
+if TYPE_CHECKING:
+    from edgelm.engine.translation import Config, Translation
+
 ARCHITECTURES = ("qwen3",)
+MODEL_TYPES = ("qwen3",)
 
 
 def record(ops: Ops, w: Weights, cfg: ModelConfig) -> Tensor:
@@ -33,3 +39,12 @@ def block(ops: Ops, w: Weights, x: Tensor, layer: int, cfg: ModelConfig) -> Tens
     x = ops.add(h, x)
     h = ops.rms_norm(x, w["ffn_norm"], cfg.eps)
     return ops.add(feed_forward(ops, w, h), x)
+
+
+def from_config(config: Config) -> Translation:
+    from edgelm.engine.translation import Translation
+    from edgelm_models import configs
+
+    configs.no_windows(config)
+    keys, vectors = configs.rope(config)
+    return Translation(configs.common(config) | keys, configs.NAMES | configs.HEAD_NORMS, vectors)

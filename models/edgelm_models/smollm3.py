@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from edgelm.engine.architecture import ModelConfig, rope_spec
 from edgelm.engine.ir import AttendSpec
 from edgelm.engine.ops import Ops, Tensor, Weights
+from edgelm.errors import UnsupportedModel
 from edgelm_models.parts import feed_forward, inverse_sqrt, qkv
 
+if TYPE_CHECKING:
+    from edgelm.engine.translation import Config, Translation
+
 ARCHITECTURES = ("smollm3",)
+MODEL_TYPES = ("smollm3",)
 
 _NO_ROPE_PERIOD = 4
 
@@ -34,3 +41,16 @@ def block(ops: Ops, w: Weights, x: Tensor, layer: int, cfg: ModelConfig) -> Tens
     x = ops.add(h, x)
     h = ops.rms_norm(x, w["ffn_norm"], cfg.eps)
     return ops.add(feed_forward(ops, w, h), x)
+
+
+def from_config(config: Config) -> Translation:
+    from edgelm.engine.translation import Translation
+    from edgelm_models import configs
+
+    configs.no_windows(config)
+    metadata = configs.common(config)
+    keys, vectors = configs.rope(config, neox_differs=True)
+    usual = [int((layer + 1) % _NO_ROPE_PERIOD != 0) for layer in range(metadata["block_count"])]
+    if config.metadata.get("no_rope_layers", usual) != usual or config.int("no_rope_layer_interval", 4) != 4:
+        raise UnsupportedModel(f"{config.path}: other layers without positions than every fourth are not supported")
+    return Translation(metadata | keys, configs.NAMES, vectors)

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from edgelm.engine import demand
-from edgelm.engine.backend import Backend, layout_of
+from edgelm.engine.backend import Backend
 from edgelm.engine.forward import Engine
 from edgelm.engine.health import check
-from edgelm.engine.loading import Prepared, Request, build, prepare
+from edgelm.engine.loading import Prepared, Request, build, computable, layout_for, open_path, prepare
 from edgelm.engine.preparing import prepare_file
 from edgelm.engine.registry import get_backend
 from edgelm.errors import BudgetTooSmall
-from edgelm.files.gguf import open_model
 from edgelm.files.model import ModelFile
 from edgelm.memory import plan as planning
+from edgelm.memory.derived import derived
 from edgelm.memory.plan import Plan
 from edgelm.memory.stores import MemoryStore, Store
 from edgelm.sizes import GB
@@ -63,7 +63,8 @@ def prepared_at(
 
 def in_layout(path: Path, backend: Backend) -> ModelFile:
     """Return the model as a backend wants it."""
-    file, layout = open_model(path), layout_of(backend)
+    file, _, _ = computable(open_path(path), backend)
+    layout = layout_for(file, backend)
     return file if layout is None else prepare_file(file, layout, backend.name)
 
 
@@ -95,7 +96,8 @@ def engine_at(
 ) -> Iterator[Engine]:
     """Open an engine whose weights come from memory through `wrap`."""
     prepared = prepared_at(path, budget_bytes, backend=backend, context=context, max_outputs=max_outputs)
-    engine = build(prepared, wrap(MemoryStore([part.read_bytes() for part in prepared.file.paths])))
+    store = wrap(MemoryStore([part.read_bytes() for part in prepared.file.paths]))
+    engine = build(prepared, derived(store, prepared.file))
     try:
         yield engine
     finally:

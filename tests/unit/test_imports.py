@@ -28,19 +28,25 @@ RANKS = {"edgelm.files": 1, "edgelm.text": 1, "edgelm.memory": 2, "edgelm.engine
 BASE_RANK, TOP_RANK = 0, 4
 ARCHITECTURE_MAY = {
     "edgelm.errors", "edgelm.engine.architecture", "edgelm.engine.backend", "edgelm.engine.ir", "edgelm.engine.ops",
-    "edgelm_models.parts",
+    "edgelm.engine.translation", "edgelm_models.parts", "edgelm_models.configs",
 }  # fmt: skip
-BACKEND_MAY = {"edgelm.errors", "edgelm.sizes", "edgelm.engine.backend", "edgelm.engine.ir", "edgelm.files.ggml_types"}
+SHARED_BY_ARCHITECTURES = {"edgelm_models.parts", "edgelm_models.configs"}
+BACKEND_MAY = {
+    "edgelm.errors", "edgelm.sizes", "edgelm.engine.backend", "edgelm.engine.ir", "edgelm.files.affine",
+    "edgelm.files.ggml_types",
+}  # fmt: skip
 APPS_MAY = {"edgelm", "edgelm.errors", "edgelm.sizes"}
-CATALOGUE_MAY = BASE | {"edgelm.files", "edgelm.files.gguf", "edgelm.files.prepared", "edgelm.text.cache"}
+CATALOGUE_MAY = BASE | {
+    "edgelm.files", "edgelm.files.folder", "edgelm.files.gguf", "edgelm.files.prepared", "edgelm.text.cache",
+}  # fmt: skip
 
 MODULE_LINES = 400
 FOLDER_LINES = {  # raised only on purpose
     "edgelm": 2200,
-    "edgelm/files": 2000,
+    "edgelm/files": 2600,
     "edgelm/text": 2900,
     "edgelm/memory": 3400,
-    "edgelm/engine": 4200,
+    "edgelm/engine": 4800,
     "edgelm/testing": 2200,
     "backends/edgelm_numpy": 1500,
     "backends/edgelm_llamacpp": 1200,
@@ -123,8 +129,9 @@ def test_architectures_know_the_contract_only(architecture: str) -> None:
     assert not wrong(registry.ARCHITECTURES[architecture], ARCHITECTURE_MAY)
 
 
-def test_the_parts_that_architectures_share_know_no_more() -> None:
-    assert not wrong("edgelm_models.parts", ARCHITECTURE_MAY | {"edgelm.files.ggml_types"})
+@pytest.mark.parametrize("name", sorted(SHARED_BY_ARCHITECTURES))
+def test_the_parts_that_architectures_share_know_no_more(name: str) -> None:
+    assert not wrong(name, ARCHITECTURE_MAY | {"edgelm.files.ggml_types"})
 
 
 @pytest.mark.parametrize("package", ["edgelm_numpy", "edgelm_llamacpp"])
@@ -135,7 +142,7 @@ def test_backends_know_the_contract_only(package: str) -> None:
 
 
 def test_catalogue_and_cache_know_no_engine() -> None:
-    architectures = {*registry.ARCHITECTURES.values(), "edgelm_models.parts"}
+    architectures = {*registry.ARCHITECTURES.values(), *SHARED_BY_ARCHITECTURES}
     for name in MODULES:
         if name.partition(".")[0] == "edgelm_models" and name not in architectures:
             assert not wrong(name, CATALOGUE_MAY, own="edgelm_models"), name
