@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class CachedModel:
-    """One pulled model. `file` is absolute; for a split model it is the first shard of `files`."""
+    """One pulled model. `file` is absolute: of a split model the first shard of `files`, of a folder the folder."""
 
     name: str
     file: str
@@ -172,11 +172,10 @@ def _read_manifest(folder: Path) -> CachedModel | None:
 def _remove_derived(model: CachedModel) -> int:
     """Delete the tokenizer tables and the prepared files that were made of the model."""
     from edgelm.files import prepared
-    from edgelm.files.gguf import open_model
     from edgelm.text.cache import default_folder
 
     try:
-        key = open_model(model.file).fingerprint
+        key = _fingerprint(model.path)
     except EdgeLMError:
         return 0  # what cannot be read left nothing
     freed = prepared.remove(key)
@@ -192,9 +191,18 @@ def remove_prepared(path: Path | None = None) -> int:
     Raises what opening a model raises.
     """
     from edgelm.files import prepared
+
+    return prepared.remove(_fingerprint(path) if path is not None else "")
+
+
+def _fingerprint(path: Path) -> str:
+    if path.is_dir():
+        from edgelm.files.folder import fingerprint_of, read_folder
+
+        return fingerprint_of(read_folder(path))
     from edgelm.files.gguf import open_model
 
-    return prepared.remove(open_model(path).fingerprint if path is not None else "")
+    return open_model(path).fingerprint
 
 
 def _remove_shared(model: CachedModel) -> int:

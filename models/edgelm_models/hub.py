@@ -1,4 +1,4 @@
-"""Fetch GGUF files from a model hub through huggingface_hub (the extra `edgelm[hub]`).
+"""Fetch GGUF files and model folders from a model hub through huggingface_hub (the extra `edgelm[hub]`).
 
 The files stay in that library's cache, shared with other tools; its settings (`HF_ENDPOINT`, `HF_HOME`,
 `HF_HUB_OFFLINE`, tokens) hold here too. What the hub promises as sha256 is checked again after the download.
@@ -6,12 +6,12 @@ The files stay in that library's cache, shared with other tools; its settings (`
 
 from __future__ import annotations
 
-import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from edgelm.cachedir import read_json
 from edgelm.errors import ConfigError, DownloadError
 from edgelm_models.partial import digest_of, require_space, set_aside
 from edgelm_models.progress import Observer, Silent
@@ -24,6 +24,11 @@ _WITH_FILE = re.compile(rf"hf:({_PART}/{_PART})/(.+\.gguf)")
 _WITH_QUANT = re.compile(rf"(?:hf:)?({_PART}/{_PART})(?::([A-Za-z0-9_.-]+))?")
 _QUANT = re.compile(r"(?<![A-Za-z0-9])(I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4(?:_MOE)?|BF16|F16|F32)(?![A-Za-z0-9])", re.I)
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+_CONFIG, _WEIGHTS = "config.json", ".safetensors"
+_FOLDER_FILES = {
+    _CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "model.safetensors.index.json",
+}  # fmt: skip
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FOREIGN = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
 
@@ -44,8 +49,9 @@ class HubName:
 
 @dataclass(frozen=True, slots=True)
 class HubFiles:
-    """What came: absolute paths in the hub's cache, the shards of a split model in order."""
+    """What came: absolute paths in the hub's cache, the shards of a split model in order. `file` is what to open."""
 
+    file: str
     files: tuple[str, ...]
     size_bytes: int
     sha256: str
@@ -116,13 +122,9 @@ def _download(name: HubName, observer: Observer) -> HubFiles:
         done_bytes += remote.size_bytes
     gguf = getattr(info, "gguf", None) or {}
     licence = info.card_data.get("license") if info.card_data else None
-    return HubFiles(
-        files=tuple(paths),
-        size_bytes=sum(os.path.getsize(path) for path in paths),
-        sha256=digests[0],
-        quantization=quantization_of(wanted[0].name),
-        context=gguf.get("context_length"),
-        licence=str(licence or "see the hub's page"),
+    found = _found([Path(path) for path in paths], digests)
+    return replace(
+        found, context=gguf.get("context_length") or found.context, licence=str(licence or "see the hub's page")
     )
 
 
@@ -154,7 +156,7 @@ def _local(name: HubName) -> HubFiles:
     from huggingface_hub import snapshot_download
 
     snapshot = Path(snapshot_download(name.repo, local_files_only=True))
-    present = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.gguf")]
+    present = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
     chosen = sorted(choose_files(name, present))
     paths = [snapshot / file for file in chosen]
     digests = []
@@ -162,12 +164,26 @@ def _local(name: HubName) -> HubFiles:
         blob = path.resolve().name  # the hub names the blob of a large file after its sha256
         promised = blob if _SHA256.fullmatch(blob) else None
         digests.append(_checked_digest(path, _Remote(file, 0, promised), name, Silent()))
+    return _found(paths, digests)
+
+
+def _found(paths: list[Path], digests: list[str]) -> HubFiles:
+    """Describe checked files: of a folder, what its config.json says."""
+    opened, quantization, context = paths[0], quantization_of(paths[0].name), None
+    weights = next((at for at, path in enumerate(paths) if path.suffix == _WEIGHTS), 0)
+    for path in paths:
+        if path.name == _CONFIG:
+            config = read_json(path) or {}
+            bits, dtype = (config.get("quantization") or {}).get("bits"), config.get("torch_dtype", config.get("dtype"))
+            opened, quantization = path.parent, f"MLX {bits}-bit" if bits else str(dtype or "?")
+            context = config.get("max_position_embeddings")
     return HubFiles(
+        file=str(opened),
         files=tuple(map(str, paths)),
         size_bytes=sum(path.stat().st_size for path in paths),
-        sha256=digests[0],
-        quantization=quantization_of(chosen[0]),
-        context=None,
+        sha256=digests[weights],
+        quantization=quantization,
+        context=context,
         licence="see the hub's page",
     )
 
@@ -175,6 +191,8 @@ def _local(name: HubName) -> HubFiles:
 def _checked_digest(path: Path, remote: _Remote, name: HubName, observer: Observer) -> str:
     found = digest_of(path)
     if remote.sha256 is None:
+        if remote.name in _FOLDER_FILES:  # small texts, of which hubs keep none
+            return found
         observer.notice(f"the hub gives no sha256 for {remote.name}; {found} was recorded, not checked")
     elif found != remote.sha256:
         blob = path.resolve()
@@ -191,10 +209,11 @@ def quantization_of(file: str) -> str:
 
 
 def choose_files(name: HubName, files: Iterable[str]) -> set[str]:
-    """Return the one GGUF file, or all shards of it, that `name` asks for.
+    """Return the one GGUF file, or all shards of it, that `name` asks for; without any, the files of a model folder.
 
     Raises `ConfigError` naming the quantizations there are when none or several fit.
     """
+    files = list(files)
     candidates = [file for file in files if file.endswith(".gguf") and "mmproj" not in file.lower()]
     if name.file is not None:
         fitting = [file for file in candidates if file == name.file]
@@ -210,7 +229,13 @@ def choose_files(name: HubName, files: Iterable[str]) -> set[str]:
     if len(groups) == 1:
         return set(fitting)
     if not candidates:
-        raise ConfigError(f"{name.repo} holds no GGUF file; choose a repository whose name ends in -GGUF")
+        folder = {file for file in files if file in _FOLDER_FILES or (file.endswith(_WEIGHTS) and "/" not in file)}
+        if str(name) == name.repo and _CONFIG in folder and any(file.endswith(_WEIGHTS) for file in folder):
+            return folder
+        raise ConfigError(
+            f"{name.repo} holds no GGUF file, and no config.json with safetensors files that could be pulled whole; "
+            "choose a repository whose name ends in -GGUF"
+        )
     there = ", ".join(sorted({_label(file) for file in candidates}))
     fact = f"{len(groups)} files fit {name}" if groups else f"no file fits {name}"
     raise ConfigError(f"{fact}; name one of them like {name.repo}:QUANT or hf:{name.repo}/FILE (there are: {there})")

@@ -111,7 +111,7 @@ def _pull_hub(name: HubName, offline: bool, observer: Observer) -> CachedModel:
     return cache.register(
         CachedModel(
             name=str(name),
-            file=came.files[0],
+            file=came.file,
             files=came.files,
             size_bytes=came.size_bytes,
             sha256=came.sha256,

@@ -17,10 +17,13 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
+from edgelm import load
 from edgelm.errors import ConfigError
+from edgelm.testing import tiny_folder
 from edgelm_apps.cli import main
 from edgelm_models import hub_blob
 from edgelm_models.hub import HubName, choose_files, parse_hub_name, quantization_of
+from edgelm_models.pull import locate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = os.urandom(3_000_000)
@@ -191,6 +194,21 @@ def test_split_models_come_whole(hub):
     assert [Path(file).read_bytes() for file in model["files"]] == SHARDS
     assert model["file"] == model["files"][0]
     assert model["size_bytes"] == 3000
+
+
+def test_a_model_folder_comes_whole_and_runs(hub, home, tmp_path, monkeypatch):
+    folder = tiny_folder(tmp_path / "source", "llama", n_files=2, quantized={"": (4, 32)}, dtype="F16")
+    there = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(Hub, "files", {**there, "README.md": b"hello", "pytorch_model.bin": b"another format"})
+    model = pulled("org/tiny-GGUF")
+    assert sorted(Path(file).name for file in model["files"]) == sorted(there)
+    assert Path(model["file"]) == Path(model["files"][0]).parent
+    assert model["quantization"] == "MLX 4-bit"
+    assert model["size_bytes"] == sum(map(len, there.values()))
+    with load(locate("org/tiny-GGUF"), backend="numpy", memory="500MB") as loaded:
+        assert list(loaded.stream("the", max_tokens=2))
+    assert edgelm("rm", "org/tiny-GGUF").returncode == 0
+    assert not any(Path(file).exists() for file in model["files"])
 
 
 def test_a_broken_connection_goes_on_in_the_same_pull_and_in_the_next(hub, home):
