@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from edgelm.model import Model
     from edgelm.opening import plan
     from edgelm.packing import Packed, PackError, pack
+    from edgelm.parity.report import Verification
+    from edgelm.parity.verify import verify
     from edgelm.reports import BackendReport, Inspection, backends, doctor, inspect
     from edgelm.simulated import Device, devices
     from edgelm.usage import Chunk, Usage
@@ -72,6 +74,7 @@ __all__ = [
     "UnknownBackend",
     "UnsupportedModel",
     "Usage",
+    "Verification",
     "backends",
     "candidates",
     "devices",
@@ -80,6 +83,7 @@ __all__ = [
     "load",
     "pack",
     "plan",
+    "verify",
 ]
 
 _HOMES = {
@@ -95,6 +99,7 @@ _HOMES = {
     "Plan": "edgelm.memory.plan",
     "Timeline": "edgelm.memory.timeline",
     "Usage": "edgelm.usage",
+    "Verification": "edgelm.parity.report",
     "backends": "edgelm.reports",
     "candidates": "edgelm.comparing",
     "devices": "edgelm.simulated",
@@ -102,6 +107,7 @@ _HOMES = {
     "inspect": "edgelm.reports",
     "pack": "edgelm.packing",
     "plan": "edgelm.opening",
+    "verify": "edgelm.parity.verify",
 }
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "edgelm_apps.plan:plan",
     "profile": "edgelm_apps.profile:profile",
     "bench": "edgelm_apps.bench:bench",
+    "verify": "edgelm_apps.verify:verify",
     "pull": "edgelm_apps.models:pull",
     "list": "edgelm_apps.models:list_models",
     "show": "edgelm_apps.show:show",

@@ -56,7 +56,7 @@ class LlamaCppBackend:
         return identity()
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(types=frozenset(TensorType[name] for name in _TYPES))
+        return Capabilities(types=frozenset(TensorType[name] for name in _TYPES), activations="int8")
 
     def open(self, n_threads: int) -> Session:
         from edgelm_llamacpp.session import GgmlSession

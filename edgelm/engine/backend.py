@@ -6,7 +6,7 @@ Importing a backend's module must not import its heavy library: `probe` and `ope
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from edgelm.engine.ir import Segment, Weight
 from edgelm.files.ggml_types import TensorType
@@ -26,12 +26,15 @@ class Capabilities(NamedTuple):
     """What a backend can do: the tensor types of its matrices, and whether weights may move between passes.
 
     A `simulated` one computes for a device that is not there; it is never chosen unless it is asked for by name.
+    `activations` says what products with quantized matrices round the other side to, which decides how close to the
+    oracle the backend must come: "f32" (not at all, or to no less than 16 bits) or "int8".
     """
 
     types: frozenset[TensorType]
     streams: bool = True
     cache: CacheLayout = CacheLayout()
     simulated: bool = False
+    activations: Literal["f32", "int8"] = "f32"
 
 
 class Packed(NamedTuple):

@@ -125,6 +125,8 @@ class Demands(Sequence[Demand]):
         windows = {layer.group: layer.window for layer in model.layers}
         cached, kv_bytes = self._kept or (chunk, cache_bytes(model.layers, self._context, chunk, self._cache))
         places = {group: capacity(window, self._context, cached, self._cache) for group, window in windows.items()}
+        # several rows of logits are put together from tiles; they are not sampled from, or are as few as the copies
+        copies = max(SAMPLING_COPIES, self._max_outputs)
         state = workspace_bytes(width, chunk, self._max_outputs, model.n_vocab, model.embedding.row_bytes, places)
         return Demand(
             process_bytes=self._process_bytes,
@@ -135,7 +137,7 @@ class Demands(Sequence[Demand]):
             state_bytes=state,
             reserve_bytes=RESERVE_BYTES
             + GRAPH_BYTES_PER_OP * len(model.trace.ops) // 4
-            + SAMPLING_COPIES * model.n_vocab * FLOAT_BYTES,
+            + copies * model.n_vocab * FLOAT_BYTES,
         )
 
 

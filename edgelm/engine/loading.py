@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT = 4096
 MIN_CONTEXT = 16
+MAX_OUTPUTS = 64
+"""Rows of logits of one pass: a row of the largest vocabularies takes a megabyte."""
 _ROUNDS = 6
 
 
@@ -43,8 +45,9 @@ class Request:
     def __post_init__(self) -> None:
         if self.context is not None and self.context < MIN_CONTEXT:
             raise ConfigError(f"context must be at least {MIN_CONTEXT} tokens, got {self.context}")
-        if not 1 <= self.max_outputs <= MIN_CONTEXT:
-            raise ConfigError(f"max_outputs must be between 1 and {MIN_CONTEXT} rows of logits, got {self.max_outputs}")
+        most = min(MAX_OUTPUTS, self.context or MIN_CONTEXT)
+        if not 1 <= self.max_outputs <= most:
+            raise ConfigError(f"max_outputs must be between 1 and {most} rows of logits, got {self.max_outputs}")
 
 
 @dataclass(frozen=True, slots=True)

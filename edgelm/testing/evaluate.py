@@ -82,10 +82,10 @@ class _Run:
         self._embeds = [op.kind == "embed" for op in trace.ops for _ in op.weights]
         self._n_vocab = trace.values[trace.logits].width
         used = dict.fromkeys(op.weights[0] for op in trace.ops if op.kind == "linear")
-        self._weights = {weight: _read(model, weight) for weight in trace.weights()}
-        self._matrices = {weight: _packed(layout, model, weight, self._weights[weight]) for weight in used}
+        self._weights = {weight: read_rows(model, weight) for weight in trace.weights()}
+        self._matrices = {weight: packed_rows(layout, model, weight, self._weights[weight]) for weight in used}
         self._capacity = -(-n_context // _CAPACITY_STEP) * _CAPACITY_STEP
-        self._caches = [_Cache.of(spec, self._capacity, cache) for spec in trace.attends]
+        self._caches = [Cache.of(spec, self._capacity, cache) for spec in trace.attends]
         by_group = sorted(trace.attends, key=lambda spec: spec.group)
         self._windows = [next(specs).window for _, specs in groupby(by_group, key=lambda spec: spec.group)]
         self._n_past = 0
@@ -98,9 +98,9 @@ class _Run:
         positions = np.arange(self._n_past, self._n_past + n, dtype=np.int32)
         out_rows = np.arange(n, dtype=np.int32)
         places = positions.astype(np.int64)
-        masks = [_mask(positions, self._capacity, window) for window in self._windows]
-        gathered = _copy(self._weights[self._table].reshape(self._table.rows, -1)[ids])
-        logits = _aligned(n * self._n_vocab * 4).view(np.float32).reshape(n, self._n_vocab)
+        masks = [causal_mask(positions, self._capacity, window) for window in self._windows]
+        gathered = copied(self._weights[self._table].reshape(self._table.rows, -1)[ids])
+        logits = aligned(n * self._n_vocab * 4).view(np.float32).reshape(n, self._n_vocab)
         weights = [
             gathered if embed else self._matrices.get(weight, self._weights[weight])
             for weight, embed in zip(self._placed.weights, self._embeds, strict=True)
@@ -124,19 +124,20 @@ class _Run:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cache:
+class Cache:
     """Keys and values of a layer, laid out as backends expect them."""
 
     keys: Bytes
     values: Bytes
 
     @classmethod
-    def of(cls, spec: AttendSpec, capacity: int, layout: CacheLayout) -> _Cache:
+    def of(cls, spec: AttendSpec, capacity: int, layout: CacheLayout) -> Cache:
         n = spec.n_kv_heads * capacity * np.dtype(layout.dtype).itemsize
-        return cls(_aligned(n * spec.head_dim_k), _aligned(n * spec.head_dim_v))
+        return cls(aligned(n * spec.head_dim_k), aligned(n * spec.head_dim_v))
 
 
-def _mask(positions: npt.NDArray[np.int32], length: int, window: int) -> Floats:
+def causal_mask(positions: npt.NDArray[np.int32], length: int, window: int) -> Floats:
+    """Return the mask [n, length] of a cache where position p lies in place p."""
     distance = positions[:, None] - np.arange(length, dtype=np.int32)
     hidden = distance < 0
     if window:
@@ -144,9 +145,10 @@ def _mask(positions: npt.NDArray[np.int32], length: int, window: int) -> Floats:
     return np.where(hidden, np.float32(-np.inf), np.float32(0.0))
 
 
-def _read(model: ModelFile, weight: Weight) -> Bytes:
+def read_rows(model: ModelFile, weight: Weight) -> Bytes:
+    """Return the bytes of a weight's rows, as they are in the file."""
     info = model.tensors[weight.tensor]
-    data = _aligned(weight.rows * info.row_bytes)
+    data = aligned(weight.rows * info.row_bytes)
     if weight.tensor in model.derived:
         store = derived(open_store([str(path) for path in model.paths])[0], model)
         start = info.offset + weight.first_row * info.row_bytes
@@ -161,20 +163,23 @@ def _read(model: ModelFile, weight: Weight) -> Bytes:
     return data
 
 
-def _packed(layout: WeightLayout | None, model: ModelFile, weight: Weight, data: Bytes) -> Bytes:
-    """Return a whole matrix as the backend wants it."""
+def packed_rows(layout: WeightLayout | None, model: ModelFile, weight: Weight, data: Bytes) -> Bytes:
+    """Return the rows of a matrix as the backend wants them; `data` are its bytes as in the file."""
     if layout is None:
         return data
-    return _copy(np.frombuffer(packed_bytes(layout, model.tensors[weight.tensor], data.tobytes()), np.uint8))
+    info = model.tensors[weight.tensor]
+    rows = info._replace(shape=(weight.width, weight.rows), n_bytes=weight.rows * info.row_bytes)
+    return copied(np.frombuffer(packed_bytes(layout, rows, data.tobytes()), np.uint8))
 
 
-def _copy(data: Bytes) -> Bytes:
-    copy = _aligned(data.size)
-    copy[:] = data.reshape(-1)
+def copied(array: npt.NDArray[Any]) -> Bytes:
+    """Return the bytes of an array at an address that kernels like."""
+    copy = aligned(array.nbytes)
+    copy[:] = np.frombuffer(array.tobytes(), np.uint8)
     return copy
 
 
-def _aligned(n_bytes: int) -> Bytes:
+def aligned(n_bytes: int) -> Bytes:
     """Return zeroed bytes whose address kernels like."""
     data = np.zeros(n_bytes + _ALIGNMENT, np.uint8)
     start = -data.ctypes.data % _ALIGNMENT

@@ -24,7 +24,14 @@ SOURCES = {
     "edgelm_apps": ROOT / "apps/edgelm_apps",
 }
 BASE = {"edgelm.errors", "edgelm.sizes", "edgelm.cachedir", "edgelm.simulated", "edgelm.hashing"}
-RANKS = {"edgelm.files": 1, "edgelm.text": 1, "edgelm.memory": 2, "edgelm.engine": 3, "edgelm.testing": 5}
+RANKS = {
+    "edgelm.files": 1,
+    "edgelm.text": 1,
+    "edgelm.memory": 2,
+    "edgelm.engine": 3,
+    "edgelm.testing": 5,
+    "edgelm.parity": 6,
+}
 BASE_RANK, TOP_RANK = 0, 4
 ARCHITECTURE_MAY = {
     "edgelm.errors", "edgelm.engine.architecture", "edgelm.engine.backend", "edgelm.engine.ir", "edgelm.engine.ops",
@@ -48,10 +55,11 @@ FOLDER_LINES = {  # raised only on purpose
     "edgelm/memory": 3400,
     "edgelm/engine": 4800,
     "edgelm/testing": 2200,
+    "edgelm/parity": 1100,
     "backends/edgelm_numpy": 1500,
     "backends/edgelm_llamacpp": 1200,
     "models/edgelm_models": 2100,
-    "apps/edgelm_apps": 3400,
+    "apps/edgelm_apps": 3500,
 }
 
 
