@@ -1,18 +1,22 @@
 """Are the tokens llama.cpp's? Greedy continuations, and logits on llama.cpp's own tokens.
 
 `llamacpp` backend: the same 128 ids. NumPy backend (float32 throughout, where llama.cpp rounds activations to 8 bits):
-teacher-forced on llama.cpp's ids; how often the best token agrees, how close the two best logits were where it does
+teacher-forced on llama.cpp's ids; how often the best token agrees, by how much either preferred its own where it does
 not, and the mean KL divergence. Time is not measured here.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import common
 import numpy as np
+
+from edgelm.parity.measures import Comparison
+from edgelm.parity.side import Side
 
 PROMPTS = (
     "Once upon a time",
@@ -23,35 +27,23 @@ PROMPTS = (
 )
 
 
-def compare(ours: np.ndarray, theirs: np.ndarray, ids: np.ndarray) -> dict[str, Any]:
-    """Return agreement, gaps and divergence of logits [n, n_vocab]; `theirs` chose `ids`."""
-    agrees = ours.argmax(axis=1) == ids
-    gaps = [gap(row) for row in ours[~agrees]] + [gap(row) for row in theirs[~agrees]]
-    divergences = [divergence(p, q) for p, q in zip(theirs, ours, strict=True)]
+def compare(
+    side: Side, prompts: Sequence[Sequence[int]], teacher: Sequence[Sequence[int]], theirs: np.ndarray
+) -> dict[str, Any]:
+    """Return how the logits [n, n_vocab] that llama.cpp chose the `teacher` ids from differ from those of `side`."""
+    found, rows = Comparison(), iter(theirs)
+    for prompt, ids in zip(prompts, teacher, strict=True):
+        found.add(next(rows)[None], side.forward(prompt, clear=True))
+        for token in ids[:-1]:
+            found.add(next(rows)[None], side.forward([token]))
     return {
-        "agreement %": 100 * float(agrees.mean()),
-        "mismatches": int((~agrees).sum()),
-        "largest gap at a mismatch": max(gaps, default=0.0),
-        "mean KL": float(np.mean(divergences)),
-        "largest KL": max(divergences),
-        "largest logit difference": float(np.abs(ours - theirs).max()),
+        "agreement %": 100 * found.agreement,
+        "mismatches": found.n - found.n_agreeing,
+        "largest gap at a mismatch": found.largest_gap,
+        "mean KL": found.mean_kl,
+        "largest KL": found.largest_kl,
+        "largest logit difference": found.largest_difference,
     }
-
-
-def gap(logits: np.ndarray) -> float:
-    """Return the distance of the two best."""
-    second, best = np.partition(logits, -2)[-2:]
-    return float(best - second)
-
-
-def divergence(theirs: np.ndarray, ours: np.ndarray) -> float:
-    p, q = log_softmax(theirs), log_softmax(ours)
-    return float((np.exp(p) * (p - q)).sum())
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max()
-    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
 
 
 def main() -> None:
@@ -70,7 +62,7 @@ def measure(report: common.Report, name: str, prompts: tuple[str, ...], n: int, 
         "model": common.find_model(name), "prompts": prompts, "max_tokens": n, "threads": threads, "context": 1024,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        theirs_file, ours_file = Path(folder) / "theirs.npy", Path(folder) / "ours.npy"
+        theirs_file = Path(folder) / "theirs.npy"
         peer = common.run(common.side("peer", **spec, plain_buffers=True, logits=theirs_file)).json()
         repacked = common.run(common.side("peer", **spec)).json()
         teacher = [run["token_ids"] for run in peer["runs"]]
@@ -89,12 +81,11 @@ def measure(report: common.Report, name: str, prompts: tuple[str, ...], n: int, 
                 },
             )
         theirs = np.load(theirs_file, mmap_mode="r")
-        forced = np.concatenate([np.asarray(ids) for ids in teacher])
         for backend in ("llamacpp", "numpy"):
-            child = common.side("ours", **spec, backend=backend, teacher=teacher, logits=ours_file)
-            common.run(child).json()
-            ours = np.load(ours_file, mmap_mode="r")
-            report.add("Logits on llama.cpp's tokens", model=name, backend=backend, **compare(ours, theirs, forced))
+            served = {"path": spec["model"], "backend": backend, "threads": threads, "memory": None, "context": 1024}
+            with Side(do="serve", **served) as side:
+                figures = compare(side, peer["prompt_ids"], teacher, theirs)
+            report.add("Logits on llama.cpp's tokens", model=name, backend=backend, **figures)
 
 
 def first_difference(ours: list[int], theirs: list[int]) -> int | None:
