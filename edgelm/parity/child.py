@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from edgelm.engine.backend import WeightLayout
+from edgelm.engine.backend import layout_of
 from edgelm.engine.registry import get_backend
 from edgelm.errors import BudgetTooSmall, EdgeLMError
 from edgelm.opening import Opened, open_engine
@@ -62,7 +62,7 @@ def _serve(spec: dict[str, Any], requests: BinaryIO, answers: BinaryIO) -> None:
 
 def _conversions(opened: Opened) -> list[str]:
     """Return what the backend's own layout loses of the weights, a sentence each."""
-    layout: WeightLayout | None = getattr(get_backend(opened.backend), "layout", lambda: None)()
+    layout = layout_of(get_backend(opened.backend))
     if layout is None:
         return []
     packed = [layout.packed(info) for info in opened.file.tensors.values() if info.n_rows > 1]

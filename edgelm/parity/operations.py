@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.engine.architecture import record
-from edgelm.engine.backend import Backend, Bindings, CacheGroup, PassShape, WeightLayout
-from edgelm.engine.ir import AttendSpec, Op, Trace, Value, Weight, place
+from edgelm.engine.backend import Backend, Bindings, CacheGroup, PassShape, layout_of
+from edgelm.engine.ir import AttendSpec, Op, Trace, Value, place
+from edgelm.engine.preparing import packed_bytes
 from edgelm.engine.registry import get_architecture, get_backend
 from edgelm.files.index import open_indexed
 from edgelm.files.model import ModelFile
@@ -89,11 +90,11 @@ class _Single:
 
     def __init__(self, backend: Backend, model: ModelFile, trace: Trace, n_threads: int) -> None:
         self._model, self._trace = model, trace
-        self._layout: WeightLayout | None = getattr(backend, "layout", lambda: None)()
         self._cache = backend.capabilities().cache
         self._windows = [window for _, window in sorted({(spec.group, spec.window) for spec in trace.attends})]
         self._caches: dict[int, tuple[Bytes, Bytes]] = {}
         self.session = backend.open(n_threads)
+        self._layout = layout_of(backend)
 
     def run(self, op: Op, numbers: Mapping[int, Floats], step: _Pass) -> Floats:
         """Return what `op` makes of `numbers`, [n, width]."""
@@ -140,30 +141,22 @@ class _Single:
     def _weight(self, op: Op, i: int, step: _Pass) -> Bytes:
         weight = op.weights[i]
         if op.kind == "embed":
-            rows = [
-                read_rows(self._model, Weight(weight.tensor, weight.type, weight.width, 1, token)) for token in step.ids
-            ]
-            return _copied(np.concatenate(rows))
-        info = self._model.tensors[weight.tensor]
-        if self._layout is None or op.kind != "linear" or i > 0 or (packed := self._layout.packed(info)) is None:
-            return read_rows(self._model, weight)
-        tiles = -(-weight.rows // packed.row_step)
-        out = aligned(tiles * packed.row_step * packed.row_bytes)
-        for first in range(0, weight.rows, packed.row_step):
-            n_rows = min(packed.row_step, info.n_rows - first)
-            source = read_rows(self._model, weight._replace(first_row=weight.first_row + first, rows=n_rows))
-            start = first * packed.row_bytes
-            self._layout.pack(
-                info, weight.first_row + first, source.data, out[start : start + n_rows * packed.row_bytes].data
+            return _copied(
+                np.concatenate([read_rows(self._model, weight._replace(rows=1, first_row=token)) for token in step.ids])
             )
-        return out
+        rows = read_rows(self._model, weight)
+        if op.kind != "linear" or i > 0:
+            return rows
+        info = self._model.tensors[weight.tensor]
+        part = info._replace(shape=(weight.width, weight.rows), n_bytes=weight.rows * info.row_bytes)
+        return _copied(np.frombuffer(packed_bytes(self._layout, part, rows.tobytes()), np.uint8))
 
     def _caches_of(self, op: Op) -> tuple[tuple[int, ...], tuple[int, ...]]:
         spec = op.params
         if not isinstance(spec, AttendSpec):
             return (), ()
         if spec.layer not in self._caches:
-            cells = spec.n_kv_heads * PLACES * (2 if self._cache.item == "f16" else 4)
+            cells = spec.n_kv_heads * PLACES * np.dtype(self._cache.dtype).itemsize
             self._caches[spec.layer] = aligned(cells * spec.head_dim_k), aligned(cells * spec.head_dim_v)
         keys, values = self._caches[spec.layer]
         return (keys.ctypes.data,), (values.ctypes.data,)
