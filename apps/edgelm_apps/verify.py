@@ -12,7 +12,7 @@ from edgelm_apps.options import json_option, model_argument, offline_option, qui
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-EXIT_OUTSIDE = 10
+EXIT_OUTSIDE = 11
 POSITIONS = 2000
 
 
@@ -51,7 +51,7 @@ def verify(
 ) -> None:  # fmt: skip
     """Compare the backends that work here with the oracle, the NumPy backend, on MODEL.
 
-    Every backend reads the same text beside the oracle, in a process of its own. Exit code 10 says that one of them
+    Every backend reads the same text beside the oracle, in a process of its own. Exit code 11 says that one of them
     lies outside its tolerance or failed, or that there was none to compare.
     """
     import edgelm

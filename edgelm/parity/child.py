@@ -38,7 +38,7 @@ def main(spec: dict[str, Any], requests: BinaryIO, answers: BinaryIO) -> None:
 
 def _serve(spec: dict[str, Any], requests: BinaryIO, answers: BinaryIO) -> None:
     opened = _open(spec)
-    engine = opened.engine
+    engine, can = opened.engine, get_backend(opened.backend).capabilities()
     try:
         _answer(
             answers,
@@ -46,7 +46,8 @@ def _serve(spec: dict[str, Any], requests: BinaryIO, answers: BinaryIO) -> None:
                 "rows": getattr(engine, "max_outputs", 1),
                 "budget_bytes": engine.plan.budget_bytes,
                 "streamed_bytes": engine.plan.streamed_bytes,
-                "activations": get_backend(opened.backend).capabilities().activations,
+                "activations": can.activations,
+                "simulated": can.simulated,
                 "conversions": _conversions(opened),
             },
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,15 +16,14 @@ from numpy.typing import NDArray
 
 from edgelm.engine.architecture import record
 from edgelm.engine.backend import Backend, Bindings, CacheGroup, PassShape, layout_of
+from edgelm.engine.health import ORACLE
 from edgelm.engine.ir import AttendSpec, Op, Trace, Value, place
-from edgelm.engine.preparing import packed_bytes
 from edgelm.engine.registry import get_architecture, get_backend
 from edgelm.files.index import open_indexed
 from edgelm.files.model import ModelFile
 from edgelm.parity.measures import Floats, nmse
-from edgelm.testing.evaluate import Bytes, aligned, causal_mask, read_rows
+from edgelm.testing.evaluate import Bytes, Cache, aligned, causal_mask, copied, packed_rows, read_rows
 
-ORACLE = "numpy"
 MOST = 8
 """Operations of one kind that are compared, from the first block on: conversions of every matrix would take long."""
 HEAD_ROWS = 8192
@@ -92,7 +90,7 @@ class _Single:
         self._model, self._trace = model, trace
         self._cache = backend.capabilities().cache
         self._windows = [window for _, window in sorted({(spec.group, spec.window) for spec in trace.attends})]
-        self._caches: dict[int, tuple[Bytes, Bytes]] = {}
+        self._caches: dict[int, Cache] = {}
         self.session = backend.open(n_threads)
         self._layout = layout_of(backend)
 
@@ -105,7 +103,7 @@ class _Single:
             [op], {**values, op.output: Value(width, self._trace.values[op.output].per)}, frozenset([op.output])
         )
         shape = PassShape(n, n, tuple(CacheGroup(PLACES, PLACES) for _ in self._windows))
-        inputs = [_copied(numbers[value]) for value in placed.inputs]
+        inputs = [copied(numbers[value]) for value in placed.inputs]
         weights = [self._weight(op, i, step) for i in range(len(op.weights))]
         keys, values_ = self._caches_of(op)
         output = aligned(n * width * 4).view(np.float32).reshape(n, width)
@@ -141,29 +139,18 @@ class _Single:
     def _weight(self, op: Op, i: int, step: _Pass) -> Bytes:
         weight = op.weights[i]
         if op.kind == "embed":
-            return _copied(
+            return copied(
                 np.concatenate([read_rows(self._model, weight._replace(rows=1, first_row=token)) for token in step.ids])
             )
         rows = read_rows(self._model, weight)
-        if op.kind != "linear" or i > 0:
-            return rows
-        info = self._model.tensors[weight.tensor]
-        part = info._replace(shape=(weight.width, weight.rows), n_bytes=weight.rows * info.row_bytes)
-        return _copied(np.frombuffer(packed_bytes(self._layout, part, rows.tobytes()), np.uint8))
+        matrix = op.kind == "linear" and i == 0
+        return packed_rows(self._layout, self._model, weight, rows) if matrix else rows
 
     def _caches_of(self, op: Op) -> tuple[tuple[int, ...], tuple[int, ...]]:
         spec = op.params
         if not isinstance(spec, AttendSpec):
             return (), ()
         if spec.layer not in self._caches:
-            cells = spec.n_kv_heads * PLACES * np.dtype(self._cache.dtype).itemsize
-            self._caches[spec.layer] = aligned(cells * spec.head_dim_k), aligned(cells * spec.head_dim_v)
-        keys, values = self._caches[spec.layer]
-        return (keys.ctypes.data,), (values.ctypes.data,)
-
-
-def _copied(array: NDArray[np.generic]) -> Bytes:
-    """Return the bytes of an array at an address that kernels like: no backend may spoil another's numbers."""
-    copy = aligned(prod(array.shape) * array.itemsize)
-    copy[:] = np.frombuffer(array.tobytes(), np.uint8)
-    return copy
+            self._caches[spec.layer] = Cache.of(spec, PLACES, self._cache)
+        cache = self._caches[spec.layer]
+        return (cache.keys.ctypes.data,), (cache.values.ctypes.data,)

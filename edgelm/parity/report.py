@@ -64,13 +64,15 @@ class Parity:
     """One backend. `text`: passes of many tokens; `greedy`: single tokens, one continuation each, on the oracle's ids.
 
     `operations`: the largest NMSE of each kind of operation on the oracle's own inputs. `reason` is a sentence on
-    anything but success, `conversions` are the losses of weights that the backend states itself.
+    anything but success, `conversions` are the losses of weights that the backend states itself. A `simulated` one
+    computes for a device that is not there.
     """
 
     backend: str
     version: str
     status: Status
     reason: str
+    simulated: bool
     arithmetic: str
     conversions: tuple[str, ...]
     streamed_bytes: int
@@ -162,7 +164,7 @@ def _row(parity: Parity) -> tuple[str, ...]:
         return (f"{parity.backend}", result, parity.arithmetic, *[""] * (len(_HEADER) - 3))
     tolerance = TOLERANCES[parity.arithmetic]
     return (
-        f"{parity.backend} ({parity.version})",
+        f"{parity.backend} ({parity.version}{', simulated' * parity.simulated})",
         result,
         parity.arithmetic,
         f"{_number(figures.mean_kl)} (≤ {tolerance.mean_kl:g})",

@@ -88,6 +88,7 @@ class Run:
             self._version,
             self._status,
             self._reason,
+            self._facts.get("simulated", False),
             arithmetic,
             conversions,
             self._facts.get("streamed_bytes", 0),

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from edgelm.engine.health import ORACLE
 from edgelm.engine.loading import MIN_CONTEXT, default_context
 from edgelm.engine.registry import backend_names
 from edgelm.errors import ConfigError, UnknownBackend
@@ -27,7 +28,6 @@ from edgelm.parity.side import Side
 from edgelm.sizes import parse_size
 from edgelm.text.tokenizer import Tokenizer, load_tokenizer
 
-ORACLE = "numpy"
 POSITIONS = 2000
 CONTEXT = 1024
 """Beyond the sliding windows of most models, so that their rings go round."""

@@ -14,8 +14,8 @@ FIGURES = Figures(40, 2e-3, 0.1, 0.975, 0.25, 0.5, 3, 21.5)
 
 
 def verification(status: str) -> Verification:
-    one = Parity("llamacpp", "ggml 1", status, "", "int8", (), 0, FIGURES, (FIGURES,), {"linear Q4_1": 3e-4})  # type: ignore[arg-type]
-    other = Parity("mlx", "", "unavailable", "mlx is not installed", "", (), 0, None, (), {})
+    one = Parity("llamacpp", "ggml 1", status, "", False, "int8", (), 0, FIGURES, (FIGURES,), {"linear Q4_1": 3e-4})  # type: ignore[arg-type]
+    other = Parity("mlx", "", "unavailable", "mlx is not installed", False, "", (), 0, None, (), {})
     return Verification("m.gguf", "persuasion.txt", "numpy", 21.25, 40, 64, 2, None, 3.0, (one, other))
 
 
@@ -78,7 +78,7 @@ def test_what_is_read(edgelm_command, model, asked, options, positions, text):
 
 def test_what_lies_outside_has_an_exit_code(edgelm_command, model, asked):
     result = edgelm_command("verify", model, "--backend", "numpy", "--backend", "llamacpp", "--memory", "300MB")
-    assert result.code == 10
+    assert result.code == 11
     assert "**outside**" in result.out
     assert asked[0]["backends"] == ("numpy", "llamacpp")
     assert asked[0]["memory"] == "300MB"
