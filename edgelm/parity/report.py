@@ -163,8 +163,9 @@ def _row(parity: Parity) -> tuple[str, ...]:
     if figures is None:
         return (f"{parity.backend}", result, parity.arithmetic, *[""] * (len(_HEADER) - 3))
     tolerance = TOLERANCES[parity.arithmetic]
+    label = ", simulated" if parity.simulated and "simulated" not in parity.version else ""
     return (
-        f"{parity.backend} ({parity.version}{', simulated' * parity.simulated})",
+        f"{parity.backend} ({parity.version}{label})",
         result,
         parity.arithmetic,
         f"{_number(figures.mean_kl)} (≤ {tolerance.mean_kl:g})",

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,14 @@ def test_a_verification_passes_if_something_was_compared_and_nothing_failed() ->
     assert not of("unavailable").passed
     assert not of().passed
     assert "| none |" in of().markdown()
+
+
+def test_what_is_simulated_is_labelled() -> None:
+    one = replace(parity(figures()), simulated=True)
+    found = Verification("m", "t", "numpy", 20.0, 10, 16, 1, None, 1.0, (one, replace(one, version="a simulated NPU")))
+    assert "| made (1, simulated) |" in found.markdown()
+    assert "| made (a simulated NPU) |" in found.markdown()
+    assert found.as_dict()["backends"][0]["simulated"] is True
 
 
 def test_json_holds_no_number_that_is_none() -> None:
