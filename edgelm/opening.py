@@ -57,7 +57,10 @@ SPARE_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A loaded model and what was decided: `notes` are sentences for the user, `file` is the model's own."""
+    """A loaded model and what was decided: `notes` are sentences for the user, `file` is the model's own.
+
+    `lost` says what converting the weights for the backend loses, a sentence each.
+    """
 
     file: ModelFile
     tokenizer: Tokenizer
@@ -65,6 +68,7 @@ class Opened:
     prepared: Prepared
     backend: str
     notes: tuple[str, ...]
+    lost: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,7 @@ def open_engine(
         raise
     notes = (*ready.notes, *concessions(ready.prepared.plan, context or default_context(ready.file)))
     notes += _old_tables(ready.file)
-    return Opened(ready.file, ready.tokenizer, engine, ready.prepared, ready.backend.name, notes)
+    return Opened(ready.file, ready.tokenizer, engine, ready.prepared, ready.backend.name, notes, ready.lost)
 
 
 def plan(

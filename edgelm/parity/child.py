@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from edgelm.engine.backend import layout_of
 from edgelm.engine.registry import get_backend
 from edgelm.errors import BudgetTooSmall, EdgeLMError
 from edgelm.opening import Opened, open_engine
@@ -48,7 +47,7 @@ def _serve(spec: dict[str, Any], requests: BinaryIO, answers: BinaryIO) -> None:
                 "streamed_bytes": engine.plan.streamed_bytes,
                 "activations": can.activations,
                 "simulated": can.simulated,
-                "conversions": _conversions(opened),
+                "conversions": opened.lost,
             },
         )
         for line in requests:
@@ -59,15 +58,6 @@ def _serve(spec: dict[str, Any], requests: BinaryIO, answers: BinaryIO) -> None:
             _answer(answers, {"shape": logits.shape}, np.ascontiguousarray(logits, np.float32).data.cast("B"))
     finally:
         engine.close()
-
-
-def _conversions(opened: Opened) -> list[str]:
-    """Return what the backend's own layout loses of the weights, a sentence each."""
-    layout = layout_of(get_backend(opened.backend))
-    if layout is None:
-        return []
-    packed = [layout.packed(info) for info in opened.file.tensors.values() if info.n_rows > 1]
-    return sorted({matrix.error for matrix in packed if matrix is not None and matrix.error})
 
 
 def _open(spec: dict[str, Any]) -> Opened:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +17,8 @@ from edgelm.engine.architecture import record
 from edgelm.engine.backend import Backend, Bindings, CacheGroup, PassShape, layout_of
 from edgelm.engine.health import ORACLE
 from edgelm.engine.ir import AttendSpec, Op, Trace, Value, place
+from edgelm.engine.loading import computable, open_path
 from edgelm.engine.registry import get_architecture, get_backend
-from edgelm.files.index import open_indexed
 from edgelm.files.model import ModelFile
 from edgelm.parity.measures import Floats, nmse
 from edgelm.testing.evaluate import Bytes, Cache, aligned, causal_mask, copied, packed_rows, read_rows
@@ -46,14 +45,13 @@ def errors_of(path: str | os.PathLike[str], name: str, ids: Sequence[int], n_thr
     All but the last of `ids` are one pass, as of a prompt; the last one is a decode step. Raises what opening and
     recording a model raise, and what the backend does.
     """
-    model = open_indexed(Path(path))
+    file = open_path(path)
     assert 1 < len(ids) <= PLACES
-    trace = record(get_architecture(model.architecture), model, PLACES)
     errors: dict[str, float] = {}
-    oracle, other = (_Single(get_backend(backend), model, trace, n_threads) for backend in (ORACLE, name))
+    oracle, other = (_Single(get_backend(backend), file, n_threads) for backend in (ORACLE, name))
     try:
         for step in (_Pass(0, ids[:-1]), _Pass(len(ids) - 1, ids[-1:])):
-            for label, error in _compare(trace, step, oracle, other):
+            for label, error in _compare(step, oracle, other):
                 errors[label] = max(errors.get(label, 0.0), error)
     finally:
         oracle.session.close()
@@ -61,16 +59,17 @@ def errors_of(path: str | os.PathLike[str], name: str, ids: Sequence[int], n_thr
     return errors
 
 
-def _compare(trace: Trace, step: _Pass, oracle: _Single, other: _Single) -> Iterator[tuple[str, float]]:
-    last_use = {value: i for i, op in enumerate(trace.ops) for value in op.inputs}
+def _compare(step: _Pass, oracle: _Single, other: _Single) -> Iterator[tuple[str, float]]:
+    ops = oracle.trace.ops
+    last_use = {value: i for i, op in enumerate(ops) for value in op.inputs}
     numbers: dict[int, Floats] = {}
     seen: Counter[str] = Counter()
-    for i, op in enumerate(trace.ops):
+    for i, (op, same) in enumerate(zip(ops, other.trace.ops, strict=True)):  # weights may be of other types
         expected = oracle.run(op, numbers, step)
         label = _label(op)
         seen[label] += 1
         if seen[label] <= MOST:
-            yield label, nmse(other.run(op, numbers, step), expected)
+            yield label, nmse(other.run(same, numbers, step), expected)
         numbers[op.output] = expected
         for value in op.inputs:
             if last_use[value] == i:
@@ -86,10 +85,11 @@ def _label(op: Op) -> str:
 class _Single:
     """A backend's session that computes one operation at a time, with a cache of its own."""
 
-    def __init__(self, backend: Backend, model: ModelFile, trace: Trace, n_threads: int) -> None:
-        self._model, self._trace = model, trace
+    def __init__(self, backend: Backend, file: ModelFile, n_threads: int) -> None:
+        self._model, _, _ = computable(file, backend)
+        self.trace: Trace = record(get_architecture(file.architecture), self._model, PLACES)
         self._cache = backend.capabilities().cache
-        self._windows = [window for _, window in sorted({(spec.group, spec.window) for spec in trace.attends})]
+        self._windows = [window for _, window in sorted({(spec.group, spec.window) for spec in self.trace.attends})]
         self._caches: dict[int, Cache] = {}
         self.session = backend.open(n_threads)
         self._layout = layout_of(backend)
@@ -98,9 +98,9 @@ class _Single:
         """Return what `op` makes of `numbers`, [n, width]."""
         op, width = self._shortened(op, numbers)
         n = len(step.ids)
-        values = {value: Value(numbers[value].shape[1], self._trace.values[value].per) for value in op.inputs}
+        values = {value: Value(numbers[value].shape[1], self.trace.values[value].per) for value in op.inputs}
         placed = place(
-            [op], {**values, op.output: Value(width, self._trace.values[op.output].per)}, frozenset([op.output])
+            [op], {**values, op.output: Value(width, self.trace.values[op.output].per)}, frozenset([op.output])
         )
         shape = PassShape(n, n, tuple(CacheGroup(PLACES, PLACES) for _ in self._windows))
         inputs = [copied(numbers[value]) for value in placed.inputs]
@@ -129,7 +129,7 @@ class _Single:
 
     def _shortened(self, op: Op, numbers: Mapping[int, Floats]) -> tuple[Op, int]:
         """Return `op` with the first rows of a very tall matrix, and the width of what it makes."""
-        width = self._trace.values[op.output].width
+        width = self.trace.values[op.output].width
         if op.kind == "linear" and len(op.weights) == 1 and width > HEAD_ROWS:
             return op._replace(weights=(op.weights[0]._replace(rows=HEAD_ROWS),)), HEAD_ROWS
         if op.kind in ("scale", "softcap"):  # of a shortened head

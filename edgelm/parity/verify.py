@@ -16,10 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from edgelm.engine.health import ORACLE
-from edgelm.engine.loading import MIN_CONTEXT, default_context
+from edgelm.engine.loading import MIN_CONTEXT, default_context, open_path
 from edgelm.engine.registry import backend_names
 from edgelm.errors import ConfigError, UnknownBackend
-from edgelm.files.index import open_indexed
 from edgelm.memory.platform import current_platform
 from edgelm.parity.measures import Likelihood, log_softmax
 from edgelm.parity.report import Verification
@@ -63,7 +62,7 @@ def verify(
     if positions is not None and positions < 1:
         raise ConfigError(f"positions must be at least 1, got {positions}")
     budget_bytes = parse_size(memory) if memory is not None else None
-    file = open_indexed(path)
+    file = open_path(path)
     context = context or max(min(default_context(file), CONTEXT), MIN_CONTEXT)
     threads = threads or current_platform().cores()
     tokenizer = load_tokenizer(file)

@@ -26,7 +26,7 @@ from edgelm.parity.report import Figures, Parity, Verification
 from edgelm.parity.run import Run
 from edgelm.parity.side import Side, SideFailed
 from edgelm.parity.verify import TEXT
-from edgelm.testing import ARCHITECTURES, tiny_model
+from edgelm.testing import ARCHITECTURES, tiny_folder, tiny_model
 from edgelm.testing.evaluate import evaluate
 from edgelm.text.tokenizer import load_tokenizer
 
@@ -269,6 +269,16 @@ def test_layouts_of_weights_and_caches_change_nothing(tmp_path, register) -> Non
     assert found.passed, [one.reason for one in found.backends]
     for one in found.backends:
         assert (one.text.mean_kl, one.greedy_kl, max(one.operations.values())) == (0.0, 0.0, 0.0), one.backend
+
+
+def test_a_folder_whose_weights_are_converted_says_so(tmp_path) -> None:
+    folder = tiny_folder(tmp_path / "model", "llama", quantized={"": (4, 64)})
+    found = edgelm.verify(folder, positions=64, context=64, threads=1)
+    one = next((one for one in found.backends if one.backend == "llamacpp"), None)
+    if one is None or one.status == "unavailable":
+        pytest.skip("the llamacpp backend does not work here")
+    assert (one.arithmetic, one.status) == ("converted", "passed"), one.reason
+    assert one.conversions
 
 
 def test_a_wrong_operation_is_named(model, made) -> None:
