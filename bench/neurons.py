@@ -22,11 +22,11 @@ import common
 import numpy as np
 from neuron_reads import Chosen, Cost, Replay, Way, largest, measure_flash, strides
 
+from edgelm.files.blocks import Floats
 from edgelm.files.gguf import open_model
 from edgelm.testing.evaluate import evaluate
 from edgelm.text.tokenizer import load_tokenizer
 from edgelm_numpy import session
-from edgelm_numpy.dequantize import Floats
 from edgelm_numpy.frame import Frame, Site, Step
 from edgelm_numpy.rows import lower_gate
 

@@ -1,6 +1,6 @@
 """The NumPy backend: every operation in float32, as plainly as it can be written. Other backends are compared with it.
 
-It needs nothing that edgelm does not need anyway, streams, and reads every tensor type of `dequantize.TYPES`.
+It needs nothing that edgelm does not need anyway, streams, and reads every tensor type of `edgelm.files.blocks.TYPES`.
 `n_threads` are Python threads that share the rows of a matrix; BLAS itself is kept on one thread while a session is
 open (OpenBLAS only; another BLAS keeps its own setting).
 """
@@ -32,7 +32,7 @@ class NumpyBackend:
         return Availability(True, version=f"NumPy {np.__version__} with {blas}")
 
     def capabilities(self) -> Capabilities:
-        from edgelm_numpy.dequantize import TYPES
+        from edgelm.files.blocks import TYPES
 
         return Capabilities(TYPES)
 

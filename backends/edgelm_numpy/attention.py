@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgelm.engine.ir import AttendSpec
-from edgelm_numpy.dequantize import Floats
+from edgelm.files.blocks import Floats
 from edgelm_numpy.frame import Frame, Site, Step, at
 
 SCORES = 1 << 17

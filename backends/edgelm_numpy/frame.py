@@ -16,8 +16,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from edgelm.engine.backend import Bindings, PassShape
 from edgelm.engine.ir import Op, Weight
+from edgelm.files.blocks import Floats, dequantize
 from edgelm.files.ggml_types import TensorType, row_bytes
-from edgelm_numpy.dequantize import Floats, dequantize
 from edgelm_numpy.lanes import Lanes
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgelm_numpy.dequantize import QUANTIZED, TEMPORARY_BYTES, Floats, Parts, dequantize, take_apart
+from edgelm.files.blocks import QUANTIZED, TEMPORARY_BYTES, Floats, Parts, dequantize, take_apart
 from edgelm_numpy.frame import Frame, Site, Step
 
 PANEL = 32

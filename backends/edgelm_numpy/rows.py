@@ -8,7 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from edgelm.engine.ir import Columns, NormSpec, RopeSpec
-from edgelm_numpy.dequantize import Floats
+from edgelm.engine.rope import angles
+from edgelm.files.blocks import Floats
 from edgelm_numpy.frame import Frame, Site, Step, at
 
 
@@ -115,44 +116,13 @@ def _pairs(x: Floats, spec: RopeSpec) -> tuple[Floats, Floats]:
 
 
 def _angles(frame: Frame, site: Site, spec: RopeSpec) -> tuple[Floats, Floats]:
-    """Cosines and sines of the positions, float32 [n_tokens, 1, n_dims / 2], as ggml_rope_cache_init makes them."""
+    """Cosines and sines of the positions, float32 [n_tokens, 1, n_dims / 2]."""
     factors = frame.vector(site.op.weights[0], site.first_weight) if site.op.weights else None
     key = (spec._replace(n_heads=1), frame.bindings.weights[site.first_weight] if site.op.weights else None)
-    if key in frame.memo:
-        cos, sin = frame.memo[key]
-        return cos, sin
-    half = spec.n_dims // 2
-    # Repeated products, not powers: ggml rounds to float32 after each, and at long contexts the difference shows.
-    theta = np.full((site.rows, half), np.float32(spec.base) ** np.float32(-2.0 / spec.n_dims), np.float32)
-    theta[:, 0] = frame.positions()
-    np.multiply.accumulate(theta, axis=1, out=theta)
-    if factors is not None:
-        theta /= factors
-    magnitude = spec.attn_factor
-    if spec.ext_factor:
-        mix = _yarn_ramp(spec) * np.float32(spec.ext_factor)
-        theta = theta * np.float32(spec.freq_scale) * (1 - mix) + theta * mix
-        magnitude *= 1 + 0.1 * math.log(1 / spec.freq_scale)
-    else:
-        theta *= np.float32(spec.freq_scale)
-    cos, sin = np.cos(theta)[:, None], np.sin(theta, out=theta)[:, None]
-    cos *= np.float32(magnitude)
-    sin *= np.float32(magnitude)
-    frame.memo = {key: (cos, sin)}  # the angles of one layer at a time: queries and keys share them
-    return cos, sin
-
-
-def _yarn_ramp(spec: RopeSpec) -> Floats:
-    """How far each frequency is extrapolated, 1 … 0: ggml_rope_yarn_corr_dims and rope_yarn_ramp."""
-
-    def dimension(n_rotations: float) -> float:
-        wave = spec.n_ctx_orig / (n_rotations * 2 * math.pi)
-        return spec.n_dims * math.log(wave) / (2 * math.log(spec.base))
-
-    low = max(0.0, math.floor(dimension(spec.beta_fast)))
-    high = min(spec.n_dims - 1.0, math.ceil(dimension(spec.beta_slow)))
-    ramp: Floats = (np.arange(spec.n_dims // 2, dtype=np.float32) - np.float32(low)) / np.float32(max(1e-3, high - low))
-    return np.subtract(1, np.clip(ramp, 0, 1), dtype=np.float32)
+    if key not in frame.memo:  # the angles of one layer at a time: queries and keys share them
+        frame.memo = {key: angles(spec, frame.positions(), factors)}
+    cos, sin = frame.memo[key]
+    return cos[:, None], sin[:, None]
 
 
 def _silu_gate(gate: Floats, up: Floats, out: Floats) -> None:

@@ -142,7 +142,7 @@ class Recording:
     def exact_weight(self, weight: Weight) -> reference.Exact:
         """The weights as numbers, [rows, width] in float64."""
         # The decoder that is checked against ggml's own, bit for bit; the package gguf for what it lacks.
-        from edgelm_numpy.dequantize import TYPES, dequantize
+        from edgelm.files.blocks import TYPES, dequantize
 
         raw = self._weights[weight.tensor].reshape(-1, row_bytes(weight.type, weight.width))
         if weight.type in TYPES:

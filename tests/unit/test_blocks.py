@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from edgelm.errors import UnsupportedModel
+from edgelm.files.blocks import TEMPORARY_BYTES, TYPES, dequantize
 from edgelm.files.ggml_types import AFFINE_TYPES, TensorType, row_bytes
 from edgelm.testing.blocks import RANDOM_TYPES, random_weights
-from edgelm_numpy.dequantize import TEMPORARY_BYTES, TYPES, dequantize
 
 
 class _Traits(ctypes.Structure):

@@ -81,7 +81,7 @@ def _widen(kind: TensorType, raw: Bytes, out: Floats) -> None:
         bits[...] = raw.view(np.uint16)
         bits <<= 16
     else:
-        raise UnsupportedModel(f"the numpy backend cannot read {kind.name} weights; use another quantization")
+        raise UnsupportedModel(f"edgelm has no decoder for {kind.name} weights; use another quantization")
 
 
 def _q1_0(blocks: Bytes) -> Parts:
