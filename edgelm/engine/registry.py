@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # a child process that tries a backend has no use for NumPy
 # The same entries stand in pyproject.toml; this table serves frozen applications, which lose their metadata.
 BACKENDS: Mapping[str, str] = {
     "llamacpp": "edgelm_llamacpp:BACKEND",
+    "mlx": "edgelm_mlx:BACKEND",
     "numpy": "edgelm_numpy:BACKEND",
 }
 ARCHITECTURES: Mapping[str, str] = {
@@ -30,6 +31,7 @@ ARCHITECTURES: Mapping[str, str] = {
 }
 HINTS: Mapping[str, str] = {
     "llamacpp": "install it with: pip install 'edgelm[llamacpp]' (compiles for some minutes, needs a C++ compiler)",
+    "mlx": "install it with: pip install 'edgelm[mlx]'",
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from edgelm.files.affine import as_ggml, holder, split_rows
 from edgelm.files.ggml_types import AFFINE_TYPES, Affine, TensorType, row_bytes, tensor_type
-from edgelm_numpy.dequantize import dequantize
+from edgelm.files.blocks import dequantize
 
 N_ROWS, WIDTH = 5, 256
 
