@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgelm.engine.backend import Availability, Capabilities, WeightLayout
+from edgelm.engine.backend import Availability, CacheLayout, Capabilities, WeightLayout
 from edgelm.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class MlxBackend:
     def capabilities(self) -> Capabilities:
         from edgelm_mlx.forms import TYPES
 
-        return Capabilities(TYPES)
+        return Capabilities(TYPES, cache=CacheLayout(values="place_dim"))
 
     def layout(self) -> WeightLayout:
         from edgelm_mlx.layout import MlxLayout

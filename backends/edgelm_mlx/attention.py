@@ -37,7 +37,7 @@ def lower_attend(site: Site) -> Step:
         k = k.reshape(n, n_kv, dim_k).transpose(1, 0, 2).astype(mx.float16)
         v = v.reshape(n, n_kv, dim_v).transpose(1, 0, 2).astype(mx.float16)
         keys = at(bound.keys[spec.layer], (n_kv, cache.capacity, dim_k), np.float16)
-        values = at(bound.values[spec.layer], (n_kv, dim_v, cache.capacity), np.float16).transpose(0, 2, 1)
+        values = at(bound.values[spec.layer], (n_kv, cache.capacity, dim_v), np.float16)
         places = at(bound.places[spec.group], (n,), np.int64)
         mask = mx.array(at(bound.masks[spec.group], (n, length), np.float32))
         frame.write_later(k, keys, (slice(None), places))

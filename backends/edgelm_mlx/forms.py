@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from edgelm.files.ggml_types import TensorType, row_bytes
+from edgelm.files.ggml_types import TensorType
 
 GROUP = 32
 HALF = GROUP // 2
@@ -23,38 +23,49 @@ class Form(NamedTuple):
 
     bits: int
     zero: int
-    scale_bytes: int
+    scales: TensorType
+    """Of scales and biases: F16, BF16 or F32."""
     halves: bool = False
+    group: int = GROUP
 
 
 class Run(NamedTuple):
-    """A stretch of every row: `items` numbers of `item_bytes`, beginning at byte `at`."""
+    """A stretch of every row: `items` numbers of type `kind` (None: words of quants), beginning at byte `at`."""
 
     at: int
     items: int
-    item_bytes: int
+    kind: TensorType | None
+
+    @property
+    def item_bytes(self) -> int:
+        return 4 if self.kind is None else self.kind.block_bytes
+
+    @property
+    def stop(self) -> int:
+        return self.at + self.items * self.item_bytes
 
 
+_F16, _F32 = TensorType.F16, TensorType.F32
 # Scales and minima that are float16 in the file stay float16; a product of two such numbers needs float32.
 FORMS: dict[TensorType, Form] = {
-    TensorType.Q1_0: Form(2, 1, 2),
-    TensorType.Q2_0: Form(2, 1, 2),
-    TensorType.Q4_0: Form(4, 8, 2),
-    TensorType.Q4_1: Form(4, 0, 2),
-    TensorType.Q5_0: Form(5, 16, 2),
-    TensorType.Q5_1: Form(5, 0, 2),
-    TensorType.Q8_0: Form(8, 128, 2),
-    TensorType.Q2_K: Form(2, 0, 4, halves=True),
-    TensorType.Q3_K: Form(3, 4, 4, halves=True),
-    TensorType.Q4_K: Form(4, 0, 4),
-    TensorType.Q5_K: Form(5, 0, 4),
-    TensorType.Q6_K: Form(6, 32, 4, halves=True),
-    TensorType.IQ4_NL: Form(8, 128, 2),
-    TensorType.IQ4_XS: Form(8, 128, 4),
-    TensorType.TQ1_0: Form(2, 1, 2),
-    TensorType.TQ2_0: Form(2, 1, 2),
-    TensorType.MXFP4: Form(5, 12, 4),
-    TensorType.NVFP4: Form(5, 12, 4, halves=True),
+    TensorType.Q1_0: Form(2, 1, _F16),
+    TensorType.Q2_0: Form(2, 1, _F16),
+    TensorType.Q4_0: Form(4, 8, _F16),
+    TensorType.Q4_1: Form(4, 0, _F16),
+    TensorType.Q5_0: Form(5, 16, _F16),
+    TensorType.Q5_1: Form(5, 0, _F16),
+    TensorType.Q8_0: Form(8, 128, _F16),
+    TensorType.Q2_K: Form(2, 0, _F32, halves=True),
+    TensorType.Q3_K: Form(3, 4, _F32, halves=True),
+    TensorType.Q4_K: Form(4, 0, _F32),
+    TensorType.Q5_K: Form(5, 0, _F32),
+    TensorType.Q6_K: Form(6, 32, _F32, halves=True),
+    TensorType.IQ4_NL: Form(8, 128, _F16),
+    TensorType.IQ4_XS: Form(8, 128, _F32),
+    TensorType.TQ1_0: Form(2, 1, _F16),
+    TensorType.TQ2_0: Form(2, 1, _F16),
+    TensorType.MXFP4: Form(5, 12, _F32),
+    TensorType.NVFP4: Form(5, 12, _F32, halves=True),
 }
 FLOATS = frozenset({TensorType.F32, TensorType.F16, TensorType.BF16})
 TYPES = frozenset(FORMS) | FLOATS
@@ -64,18 +75,13 @@ def runs(kind: TensorType, width: int) -> tuple[Run, ...]:
     """Return the runs of a row of `width` weights."""
     form = FORMS.get(kind)
     if form is None:
-        return (Run(0, width, kind.block_bytes),)
-    n_words = width * form.bits // 32
-    found = [Run(0, n_words, 4)]
+        return (Run(0, width, kind),)
+    found = [Run(0, width * form.bits // 32, None)]
     for _ in range(4 if form.halves else 2):
-        last = found[-1]
-        found.append(Run(last.at + last.items * last.item_bytes, width // GROUP, form.scale_bytes))
+        found.append(Run(found[-1].stop, width // form.group, form.scales))
     return tuple(found)
 
 
 def held_row_bytes(kind: TensorType, width: int) -> int:
     """Return the bytes of a row as this backend holds it."""
-    if kind not in FORMS:
-        return row_bytes(kind, width)
-    last = runs(kind, width)[-1]
-    return last.at + last.items * last.item_bytes
+    return runs(kind, width)[-1].stop

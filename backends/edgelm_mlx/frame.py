@@ -20,7 +20,7 @@ from edgelm.engine.backend import Bindings, PassShape
 from edgelm.engine.ir import Op, Weight
 from edgelm.files.blocks import dequantize
 from edgelm.files.ggml_types import row_bytes
-from edgelm_mlx.library import Array
+from edgelm_mlx.library import Array, empty
 
 if TYPE_CHECKING:
     from edgelm_mlx.session import MlxSession
@@ -97,10 +97,11 @@ class Frame:
         """Have `source` copied to `target[index]` once it is computed."""
         self._writes.append((source, target, index))
 
-    def copied(self, source: NDArray[Any]) -> Array:
+    @staticmethod
+    def copied(source: NDArray[Any]) -> Array:
         """Return an array with these numbers; one copy, however they are strided."""
-        copy = self.mx.zeros(source.shape, getattr(self.mx, source.dtype.name))
-        np.array(copy, copy=False)[...] = source
+        copy, memory = empty(source.shape, source.dtype.name)
+        memory[...] = source
         return copy
 
     def raw(self, weight: Weight, index: int, rows: int) -> NDArray[np.uint8]:

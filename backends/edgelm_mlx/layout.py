@@ -33,7 +33,7 @@ class MlxLayout:
         n = len(parts.codes)
         target = np.frombuffer(out, np.uint8)[: n * held_row_bytes(kind, width)].reshape(n, -1)
         for run, held in zip(runs(kind, width), numbers, strict=True):
-            target[:, run.at : run.at + run.items * run.item_bytes] = held.view(np.uint8)
+            target[:, run.at : run.stop] = held.view(np.uint8)
 
 
 def _numbers(parts: Parts, form: Form, width: int) -> list[NDArray[np.generic]]:
@@ -43,7 +43,7 @@ def _numbers(parts: Parts, form: Form, width: int) -> list[NDArray[np.generic]]:
     biases = parts.scales * np.float32(-form.zero)
     if parts.offsets is not None:
         biases += parts.offsets
-    dtype = np.dtype(f"<f{form.scale_bytes}")
+    dtype = np.dtype(f"<f{form.scales.block_bytes}")
     numbers: list[NDArray[np.generic]] = [pack_bits(quants, form.bits)]
     by_group = [_by_group(part.reshape(n, -1), width, form) for part in (parts.scales, biases)]
     with np.errstate(over="ignore"):

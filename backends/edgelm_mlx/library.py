@@ -10,6 +10,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgelm.errors import BackendUnavailable
 
 Array = Any
@@ -34,17 +37,30 @@ def load() -> Any:
     return mx
 
 
-@cache
-def stream() -> Any:
-    """Return the one stream that edgelm computes on: MLX keeps a thread for every stream there ever was."""
+def device() -> str:
+    """Return "gpu" or "cpu": what MLX computes on."""
     mx = load()
-    return mx.new_thread_unsafe_stream(mx.default_device())
+    return "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+
+
+@cache
+def stream(kind: str) -> Any:
+    """Return the one stream of a device that edgelm uses: MLX keeps a thread for every stream there ever was."""
+    mx = load()
+    return mx.new_thread_unsafe_stream(getattr(mx, kind))
+
+
+def empty(shape: tuple[int, ...], dtype: str) -> tuple[Array, NDArray[Any]]:
+    """Return a new array and a view of its memory to write to. It is made on the CPU: nobody waits for a GPU."""
+    mx = load()
+    array = mx.zeros(shape, getattr(mx, dtype), stream=stream("cpu"))
+    return array, np.array(array, copy=False)
 
 
 def check() -> str:
     """Return version and device of an MLX that multiplies correctly. Raises `BackendUnavailable`."""
     mx = load()
-    with RUNNING, mx.stream(stream()):
+    with RUNNING, mx.stream(stream(device())):
         x = mx.arange(64, dtype=mx.float32).reshape(2, 32)
         words = mx.full((1, 4), 0x11111111, dtype=mx.uint32)  # 32 quants of four bits, all 1
         one, half = mx.ones((1, 1)), mx.full((1, 1), 0.5)
@@ -52,7 +68,7 @@ def check() -> str:
         found = product.reshape(2).tolist()
     if found != [1.5 * sum(range(32)), 1.5 * sum(range(32, 64))]:
         raise BackendUnavailable("mlx", f"MLX {mx.__version__} computes wrong results here", "install it again")
-    return f"MLX {mx.__version__} on the {'GPU' if mx.default_device() == mx.Device(mx.gpu) else 'CPU'}"
+    return f"MLX {mx.__version__} on the {device().upper()}"
 
 
 def identity() -> str:

@@ -14,13 +14,13 @@ import numpy as np
 from edgelm.engine.ir import Weight
 from edgelm.files.blocks import dequantize
 from edgelm.files.ggml_types import TensorType
-from edgelm_mlx.forms import FORMS, GROUP, HALF, held_row_bytes, runs
+from edgelm_mlx.forms import FORMS, HALF, Form, held_row_bytes, runs
 from edgelm_mlx.frame import FLUSH_BYTES, FLUSH_WORK, Frame, Site, Step, at
-from edgelm_mlx.library import Array
+from edgelm_mlx.library import Array, empty
 
 PANEL = 32
 """Rows of a float matrix that are multiplied at a time."""
-_UNSIGNED: dict[int, Any] = {2: np.uint16, 4: np.uint32}
+_UNSIGNED = {2: "uint16", 4: "uint32"}
 _DTYPES = {TensorType.F32: "float32", TensorType.F16: "float16", TensorType.BF16: "bfloat16"}
 
 Matrix = tuple[Array, ...]
@@ -33,18 +33,12 @@ def hold(mx: Any, weight: Weight, address: int, first: int, stop: int) -> Matrix
     n_bytes = held_row_bytes(kind, width)
     rows = at(address + first * n_bytes, (stop - first, n_bytes), np.uint8)
     held = []
-    for i, run in enumerate(runs(kind, width)):
-        copy = mx.zeros((len(rows), run.items), getattr(mx, _UNSIGNED[run.item_bytes].__name__))
+    for run in runs(kind, width):
         # NumPy has no bfloat16, so numbers are copied as integers of their size
-        np.array(copy, copy=False).view(np.uint8)[...] = rows[:, run.at : run.at + run.items * run.item_bytes]
-        held.append(copy if kind in FORMS and i == 0 else copy.view(_float_type(mx, kind)))
-    mx.eval(held)
+        copy, memory = empty((len(rows), run.items), _UNSIGNED[run.item_bytes])
+        memory.view(np.uint8)[...] = rows[:, run.at : run.stop]
+        held.append(copy if run.kind is None else copy.view(getattr(mx, _DTYPES[run.kind])))
     return tuple(held)
-
-
-def _float_type(mx: Any, kind: TensorType) -> Any:
-    form = FORMS.get(kind)
-    return getattr(mx, _DTYPES[kind] if form is None else {2: "float16", 4: "float32"}[form.scale_bytes])
 
 
 def lower_linear(site: Site) -> Step:
@@ -53,8 +47,10 @@ def lower_linear(site: Site) -> Step:
     form = FORMS.get(matrix.type)
     halves = form is not None and form.halves
     # MLX widens scales and biases; a second product is added to the first
-    quantized_bytes = (8 * width // GROUP + 4 * n) * (1 + halves) + 4 * n * halves
-    made_bytes = 4 * width + 8 * n if form is None else quantized_bytes
+    if form is None:
+        made_bytes = 4 * width + 8 * n
+    else:
+        made_bytes = (8 * width // form.group + 4 * n) * (1 + halves) + 4 * n * halves
     copied_bytes = made_bytes + held_row_bytes(matrix.type, width)
     signs = np.resize(np.repeat(np.array([1, -1], np.float32), HALF), width)
 
@@ -76,9 +72,9 @@ def lower_linear(site: Site) -> Step:
                 held = hold(mx, matrix, address, first, stop)
             else:
                 held = adopted if tile >= rows else tuple(part[first:stop] for part in adopted)
-            product = _panels(mx, x, held[0]) if form is None else _product(mx, x, held[:3], form.bits)
+            product = _panels(mx, x, held[0]) if form is None else _product(mx, x, held[:3], form)
             if form is not None and flipped is not None:
-                product = product + _product(mx, flipped, (held[0], *held[3:]), form.bits)
+                product = product + _product(mx, flipped, (held[0], *held[3:]), form)
             parts.append(product)
             frame.made((stop - first) * row_bytes, n * width * (stop - first), parts)
         out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
@@ -92,9 +88,9 @@ def lower_linear(site: Site) -> Step:
     return Step(run, parts_bytes + max(tile_bytes, 2 * site.out_bytes))
 
 
-def _product(mx: Any, x: Array, held: Matrix, bits: int) -> Array:
+def _product(mx: Any, x: Array, held: Matrix, form: Form) -> Array:
     words, scales, biases = held
-    return mx.quantized_matmul(x, words, scales, biases, transpose=True, group_size=GROUP, bits=bits)
+    return mx.quantized_matmul(x, words, scales, biases, transpose=True, group_size=form.group, bits=form.bits)
 
 
 def _panels(mx: Any, x: Array, rows: Array) -> Array:
@@ -115,8 +111,7 @@ def lower_embed(site: Site) -> Step:
 
     def run(frame: Frame) -> None:
         raw = frame.raw(table, site.first_weight, site.rows)
-        out = frame.mx.zeros((site.rows, site.width))
-        numbers = np.array(out, copy=False)
+        out, numbers = empty((site.rows, site.width), "float32")
         for start in range(0, site.rows, tile):
             dequantize(table.type, raw[start : start + tile], numbers[start : start + tile])
         frame.values[site.op.output] = out

@@ -13,7 +13,7 @@ from edgelm.engine.rope import angles
 from edgelm_mlx.frame import Frame, Site, Step, at
 from edgelm_mlx.library import Array
 
-_NORM_COPIES = 5
+_NORM_COPIES = 3
 """Arrays as large as the input that a norm may make: MLX composes it of primitives where it has no kernel for it."""
 
 
@@ -70,12 +70,12 @@ def lower_gate(site: Site) -> Step:
         inner = gate * gate * 0.044715 + 1.0
         frame.made(3 * site.out_bytes, alive=[inner])
         inner = mx.tanh(inner * gate * math.sqrt(2 / math.pi)) + 1.0
-        frame.made(4 * site.out_bytes, alive=[inner])
+        frame.made(3 * site.out_bytes, alive=[inner])
         frame.values[site.op.output] = inner * gate * 0.5 * up
         del inner
         frame.made(3 * site.out_bytes)
 
-    return Step(run, 5 * site.out_bytes)
+    return Step(run, 3 * site.out_bytes)
 
 
 def lower_select(site: Site) -> Step:
@@ -107,9 +107,9 @@ def lower_rope(site: Site) -> Step:
             pairs = mx.stack([out_0, out_1], axis=-1).reshape(*heads[:2], 2 * half)
             out = mx.concatenate([pairs, rest], axis=-1)
         frame.values[site.op.output] = out.reshape(site.rows, site.width)
-        frame.made(5 * site.out_bytes)
+        frame.made(4 * site.out_bytes)
 
-    return Step(run, 5 * site.out_bytes + 6 * 4 * site.rows * half)
+    return Step(run, 4 * site.out_bytes + 6 * 4 * site.rows * half)
 
 
 def _angles(frame: Frame, site: Site, spec: RopeSpec) -> tuple[Array, Array]:

@@ -18,10 +18,10 @@ from edgelm_mlx import rows
 from edgelm_mlx.attention import lower_attend
 from edgelm_mlx.forms import TYPES
 from edgelm_mlx.frame import FLUSH_BYTES, Frame, Site, Step, at, hold_vector
-from edgelm_mlx.library import RUNNING, load, stream
+from edgelm_mlx.library import RUNNING, device, load, stream
 from edgelm_mlx.matrices import Matrix, hold, lower_embed, lower_linear
 
-CACHE_BYTES = 8 << 20
+CACHE_BYTES = 4 << 20
 """Freed arrays that MLX may keep: without any, it would ask the system for memory at every operation."""
 
 LOWERINGS: dict[str, Callable[[Site], Step]] = {
@@ -46,7 +46,7 @@ class MlxSession:
 
     def __init__(self) -> None:
         self.mx = load()
-        self.device = "gpu" if self.mx.default_device() == self.mx.Device(self.mx.gpu) else "cpu"
+        self.device = device()
         self._aborted = False
         self.adopted: dict[int, Matrix] = {}
         self._n_adopted = 0
@@ -78,11 +78,13 @@ class MlxSession:
     def adopt(self, weight: Weight, address: int, matrix: bool) -> int:
         """Copy a weight; return the negative number that stands for it in `Bindings.weights`."""
         self._n_adopted += 1
-        with RUNNING, self.mx.stream(stream()):
+        with RUNNING, self.mx.stream(stream(self.device)):
             if matrix:
-                self.adopted[-self._n_adopted] = hold(self.mx, weight, address, 0, weight.rows)
+                copy = hold(self.mx, weight, address, 0, weight.rows)
             else:
-                self.adopted[-self._n_adopted] = (hold_vector(self.mx, weight, address),)
+                copy = (hold_vector(self.mx, weight, address),)
+            self.mx.eval(copy)
+            self.adopted[-self._n_adopted] = copy
         return -self._n_adopted
 
     def drop(self, handle: int) -> None:
@@ -107,7 +109,7 @@ class MlxProgram:
     def run(self, bindings: Bindings) -> None:
         mx, segment = self.session.mx, self.segment
         last_use = _last_use(segment)
-        with RUNNING, mx.stream(stream()):
+        with RUNNING, mx.stream(stream(self.session.device)):
             frame = Frame(self.session, self.shape, bindings)
             for value, address in zip(segment.inputs, bindings.inputs, strict=True):
                 frame.values[value] = mx.array(at(address, _extent(segment, self.shape, value), np.float32))
