@@ -1,0 +1,168 @@
+"""edgelm's MLX backend and mlx-lm on the same model folders, in turn, within one run: tokens, speed, peak memory.
+
+The folders are made of a GGUF file of the llama architecture: bfloat16, and quantized by mlx-lm. Both sides continue
+the same prompts greedily, each turn in a process of its own. mlx-lm computes in the type of the folder, edgelm in
+float32; where they part, `gap` tells by how much mlx-lm's two best logits differ there. edgelm has a turn with
+everything resident and one at `--share` of the folder's size. Peaks are the kernel's.
+
+    python bench/mlx_folders.py [--tokens 32]
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import hf_folder
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a small village",
+    "def fibonacci(n):",
+    "Water boils at",
+    "The three most important inventions of the last century are",
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "4 bits, group 64": {"bits": 4, "group_size": 64},
+    "4 bits, group 64, float32": {"bits": 4, "group_size": 64, "dtype": "float32"},
+}
+"""The second is what `mlx_lm.convert -q` makes."""
+CONTEXT = 256
+RESIDENT = "4GB"
+CHILD = Path(__file__).resolve()
+
+
+def make(variant: str, model: Path) -> Path:
+    """Return the folder of a variant; it is made once."""
+    plain = common.scratch_folder() / f"mlx {model.stem} hf"
+    if not (plain / "config.json").exists():
+        hf_folder.write(model, plain)
+    options = dict(VARIANTS[variant])
+    folder = common.scratch_folder() / f"mlx {model.stem} {variant}" if options else plain
+    if not (folder / "config.json").exists():
+        import mlx.core as mx
+        from mlx_lm import utils
+
+        loaded, config = utils.load_model(plain)
+        loaded.set_dtype(getattr(mx, options.pop("dtype", "bfloat16")))
+        loaded, config = utils.quantize_model(loaded, config, options["group_size"], options["bits"])
+        utils.save_model(folder, loaded)
+        for path in plain.glob("token*"):
+            shutil.copy(path, folder)
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def ours(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    import edgelm
+
+    runs = []
+    with edgelm.load(spec["folder"], backend="mlx", memory=spec["memory"], context=CONTEXT) as model:
+        for ids in spec["prompts"]:
+            options = {"max_tokens": spec["tokens"], "ignore_eos": True, "temperature": 0.0}
+            chunks = list(model.stream_ids(ids, **options))
+            tokens = [chunk.token_id for chunk in chunks if chunk.token_id is not None]
+            runs.append({"tokens": tokens, "decode_tps": chunks[-1].usage.decode_tps})
+        streamed = model.plan.streamed_bytes
+    return [{**run, "streamed_bytes": streamed} for run in runs]
+
+
+def theirs(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    import mlx.core as mx
+    from mlx_lm import utils
+    from mlx_lm.generate import generate_step
+
+    model, _ = utils.load_model(Path(spec["folder"]))
+    runs = []
+    for ids in spec["prompts"]:
+        tokens, gaps, times = [], [], []
+        for token, logprobs in generate_step(mx.array(ids), model, max_tokens=spec["tokens"]):
+            times.append(time.perf_counter())
+            first, second = sorted(mx.topk(logprobs, 2).astype(mx.float32).tolist(), reverse=True)
+            tokens.append(int(token))
+            gaps.append(first - second)
+        runs.append({"tokens": tokens, "gaps": gaps, "decode_tps": (len(times) - 1) / (times[-1] - times[0])})
+    return runs
+
+
+SIDES = {"edgelm": ours, "mlx-lm": theirs}
+
+
+def turn(who: str, spec: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    done = common.run([sys.executable, str(CHILD), "--child", who, json.dumps(spec)])
+    return done.json(), done.peak_bytes
+
+
+def encode(folder: Path) -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+
+
+def parting(ours: list[int], theirs: list[int]) -> int | None:
+    """Return the first place where two continuations differ."""
+    return next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+
+
+def measure(variant: str, model: Path, args: Any, report: common.Report) -> None:
+    folder = make(variant, model)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    spec = {"folder": str(folder), "prompts": encode(folder), "tokens": args.tokens}
+    found, peak = turn("mlx-lm", spec)
+    report.add("mlx-lm", folder=variant, size_mb=common.mb(size), **speed(found), peak_mb=common.mb(peak))
+    results: dict[str, list[dict[str, Any]]] = {}
+    for what, memory in (("resident", RESIDENT), (f"{args.share:.0%} of the size", str(int(size * args.share)))):
+        try:
+            results[what], peak = turn("edgelm", {**spec, "memory": memory})
+        except RuntimeError as error:
+            report.add("edgelm", folder=variant, memory=what, refused=str(error).splitlines()[-1][-300:])
+            continue
+        parted = [parting(a["tokens"], b["tokens"]) for a, b in zip(results[what], found, strict=True)]
+        report.add(
+            "edgelm",
+            folder=variant,
+            memory=what,
+            **speed(results[what]),
+            peak_mb=common.mb(peak),
+            **{"streamed MB a pass": common.mb(results[what][0]["streamed_bytes"])},
+            **{"peak <= budget": None if what == "resident" else peak <= size * args.share},
+            **{"same tokens as mlx-lm": f"{sum(place is None for place in parted)} of {len(parted)} continuations"},
+            gap=", ".join(
+                f"{run['gaps'][place]:.3f} after {place}"
+                for run, place in zip(found, parted, strict=True)
+                if place is not None
+            ),
+            **{"same tokens as resident": [a["tokens"] for a in results[what]] == [
+                b["tokens"] for b in results.get("resident", [])
+            ]},
+        )  # fmt: skip
+
+
+def speed(runs: list[dict[str, Any]]) -> dict[str, float]:
+    return {"tokens/s": common.middle(run["decode_tps"] for run in runs)}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(SIDES[sys.argv[2]](json.loads(sys.argv[3]))))
+        return
+    parser = common.arguments(__doc__, rounds=1, models=["smollm2-135m-instruct"])
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--share", type=float, default=0.6, help="the budget, as a share of the folder's size")
+    args = parser.parse_args()
+    report = common.Report("mlx_folders", {"tokens": args.tokens, "context": CONTEXT, "prompts": len(PROMPTS)})
+    for model in args.models:
+        for variant in VARIANTS:
+            measure(variant, common.find_model(model), args, report)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
