@@ -17,7 +17,7 @@ from edgelm.errors import BackendUnavailable
 
 Array = Any
 """An `mlx.core.array`."""
-INSTALL = "install it with: pip install 'edgelm[mlx]' (on Linux that is MLX's CPU build, the package mlx[cpu])"
+INSTALL = "pip install 'edgelm[mlx]'"
 RUNNING = Lock()
 """Held while a program runs: a stream of MLX may be used from any thread, but from one at a time."""
 
@@ -29,11 +29,12 @@ def load() -> Any:
         mx: Any = import_module("mlx.core")
     except ImportError as exc:
         if find_spec("mlx") is None:
-            raise BackendUnavailable("mlx", "MLX is not installed", INSTALL) from exc
-        # the package mlx alone is a shell on Linux: libmlx comes with mlx[cpu]
-        raise BackendUnavailable("mlx", f"MLX is installed but does not load ({exc})", INSTALL) from exc
+            raise BackendUnavailable("mlx", f"MLX is not installed; install it with: {INSTALL}") from exc
+        # the package mlx alone is a shell on Linux: the library comes with mlx[cpu]
+        shell = f"MLX is installed but does not load ({exc}); on Linux install it with: pip install 'mlx[cpu]'"
+        raise BackendUnavailable("mlx", shell) from exc
     if not hasattr(mx, "new_thread_unsafe_stream"):
-        raise BackendUnavailable("mlx", f"MLX {mx.__version__} is too old, 0.32 or newer is needed", INSTALL)
+        raise BackendUnavailable("mlx", f"MLX {mx.__version__} is too old, 0.32 is needed: {INSTALL} --upgrade")
     return mx
 
 
@@ -67,7 +68,7 @@ def check() -> str:
         product = mx.quantized_matmul(x, words, one, half, transpose=True, group_size=32, bits=4)
         found = product.reshape(2).tolist()
     if found != [1.5 * sum(range(32)), 1.5 * sum(range(32, 64))]:
-        raise BackendUnavailable("mlx", f"MLX {mx.__version__} computes wrong results here", "install it again")
+        raise BackendUnavailable("mlx", f"MLX {mx.__version__} computes wrong results here; install it again")
     return f"MLX {mx.__version__} on the {device().upper()}"
 
 

@@ -24,7 +24,7 @@ from edgelm.memory.plan import Plan
 from edgelm.memory.stores import MemoryStore, Store
 from edgelm.sizes import GB
 
-BACKENDS = ("numpy", "llamacpp")
+BACKENDS = ("numpy", "llamacpp", "mlx")
 CHUNK = 16
 
 
