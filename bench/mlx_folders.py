@@ -2,8 +2,9 @@
 
 The folders are made of a GGUF file of the llama architecture: bfloat16, and quantized by mlx-lm. Both sides continue
 the same prompts greedily, each turn in a process of its own. mlx-lm computes in the type of the folder, edgelm in
-float32; where they part, `gap` tells by how much mlx-lm's two best logits differ there. edgelm has a turn with
-everything resident and one at `--share` of the folder's size. Peaks are the kernel's.
+float32: so mlx-lm has a second turn with the same weights and float32 activations. Where they part, `gap` tells by how
+much the two best logits of mlx-lm differ. edgelm has a turn with everything resident and one at `--share` of the
+folder's size. Peaks are the kernel's.
 
     python bench/mlx_folders.py [--tokens 32]
 """
@@ -30,7 +31,7 @@ PROMPTS = (
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "4 bits, group 64": {"bits": 4, "group_size": 64},
-    "4 bits, group 64, float32": {"bits": 4, "group_size": 64, "dtype": "float32"},
+    "8 bits, group 32": {"bits": 8, "group_size": 32},
 }
 """The second is what `mlx_lm.convert -q` makes."""
 CONTEXT = 256
@@ -43,14 +44,14 @@ def make(variant: str, model: Path) -> Path:
     plain = common.scratch_folder() / f"mlx {model.stem} hf"
     if not (plain / "config.json").exists():
         hf_folder.write(model, plain)
-    options = dict(VARIANTS[variant])
+    options = VARIANTS[variant]
     folder = common.scratch_folder() / f"mlx {model.stem} {variant}" if options else plain
     if not (folder / "config.json").exists():
         import mlx.core as mx
         from mlx_lm import utils
 
         loaded, config = utils.load_model(plain)
-        loaded.set_dtype(getattr(mx, options.pop("dtype", "bfloat16")))
+        loaded.set_dtype(mx.bfloat16)
         loaded, config = utils.quantize_model(loaded, config, options["group_size"], options["bits"])
         utils.save_model(folder, loaded)
         for path in plain.glob("token*"):
@@ -79,6 +80,8 @@ def theirs(spec: dict[str, Any]) -> list[dict[str, Any]]:
     from mlx_lm.generate import generate_step
 
     model, _ = utils.load_model(Path(spec["folder"]))
+    if spec.get("float32"):
+        model.set_dtype(mx.float32)
     runs = []
     for ids in spec["prompts"]:
         tokens, gaps, times = [], [], []
@@ -115,38 +118,44 @@ def measure(variant: str, model: Path, args: Any, report: common.Report) -> None
     folder = make(variant, model)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     spec = {"folder": str(folder), "prompts": encode(folder), "tokens": args.tokens}
-    found, peak = turn("mlx-lm", spec)
-    report.add("mlx-lm", folder=variant, size_mb=common.mb(size), **speed(found), peak_mb=common.mb(peak))
-    results: dict[str, list[dict[str, Any]]] = {}
+    peers = {}
+    for name, float32 in (("mlx-lm", False), ("mlx-lm in float32", True)):
+        peers[name], peak = turn("mlx-lm", {**spec, "float32": float32})
+        report.add("mlx-lm", folder=variant, engine=name, size_mb=common.mb(size), **speed(peers[name], peak))
+    resident: list[list[int]] = []
     for what, memory in (("resident", RESIDENT), (f"{args.share:.0%} of the size", str(int(size * args.share)))):
         try:
-            results[what], peak = turn("edgelm", {**spec, "memory": memory})
+            found, peak = turn("edgelm", {**spec, "memory": memory})
         except RuntimeError as error:
-            report.add("edgelm", folder=variant, memory=what, refused=str(error).splitlines()[-1][-300:])
+            report.add("edgelm", folder=variant, memory=what, refused=str(error).splitlines()[-1][-200:])
             continue
-        parted = [parting(a["tokens"], b["tokens"]) for a, b in zip(results[what], found, strict=True)]
+        tokens = [run["tokens"] for run in found]
+        resident = resident or tokens
         report.add(
             "edgelm",
             folder=variant,
             memory=what,
-            **speed(results[what]),
-            peak_mb=common.mb(peak),
-            **{"streamed MB a pass": common.mb(results[what][0]["streamed_bytes"])},
+            **speed(found, peak),
+            **{"streamed MB a pass": common.mb(found[0]["streamed_bytes"])},
             **{"peak <= budget": None if what == "resident" else peak <= size * args.share},
-            **{"same tokens as mlx-lm": f"{sum(place is None for place in parted)} of {len(parted)} continuations"},
-            gap=", ".join(
-                f"{run['gaps'][place]:.3f} after {place}"
-                for run, place in zip(found, parted, strict=True)
-                if place is not None
-            ),
-            **{"same tokens as resident": [a["tokens"] for a in results[what]] == [
-                b["tokens"] for b in results.get("resident", [])
-            ]},
-        )  # fmt: skip
+            **{f"same tokens as {name}": agreement(tokens, peer) for name, peer in peers.items()},
+            **{"same tokens as resident": tokens == resident},
+        )
 
 
-def speed(runs: list[dict[str, Any]]) -> dict[str, float]:
-    return {"tokens/s": common.middle(run["decode_tps"] for run in runs)}
+def agreement(tokens: list[list[int]], peer: list[dict[str, Any]]) -> str:
+    """Say how many continuations are the same, and of the others where they part and how close the choice was."""
+    places = [parting(a, b["tokens"]) for a, b in zip(tokens, peer, strict=True)]
+    parted = [
+        f"token {place} (gap {b['gaps'][place]:.3f})"
+        for place, b in zip(places, peer, strict=True)
+        if place is not None
+    ]
+    return "; ".join([f"{places.count(None)} of {len(places)}", *parted])
+
+
+def speed(runs: list[dict[str, Any]], peak_bytes: int) -> dict[str, float]:
+    return {"tokens/s": common.middle(run["decode_tps"] for run in runs), "peak_mb": common.mb(peak_bytes)}
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ def lower_attend(site: Site) -> Step:
     n, cache = site.rows, site.shape.groups[spec.group]
     n_kv, dim_k, dim_v, length = spec.n_kv_heads, spec.head_dim_k, spec.head_dim_v, cache.length
     sharing = spec.n_heads // n_kv
-    # of a head: the copy in float16, another with the new rows, and both as float32
-    head_bytes = 8 * (length + n) * (dim_k + dim_v)
+    # of a head, in float16: what is copied, in order, the copy, and that with the new rows; and the last as float32
+    head_bytes = (3 * 2 + 4) * (length + n) * (dim_k + dim_v)
     heads = min(max(FLUSH_BYTES // head_bytes, 1), n_kv)
     row_bytes = _COPIES * 4 * heads * sharing * (length + dim_k + dim_v)
     tile = min(max(FLUSH_BYTES // row_bytes, 1), n)

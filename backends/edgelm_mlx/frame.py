@@ -20,7 +20,7 @@ from edgelm.engine.backend import Bindings, PassShape
 from edgelm.engine.ir import Op, Weight
 from edgelm.files.blocks import dequantize
 from edgelm.files.ggml_types import row_bytes
-from edgelm_mlx.library import Array, empty
+from edgelm_mlx.library import Array
 
 if TYPE_CHECKING:
     from edgelm_mlx.session import MlxSession
@@ -97,12 +97,9 @@ class Frame:
         """Have `source` copied to `target[index]` once it is computed."""
         self._writes.append((source, target, index))
 
-    @staticmethod
-    def copied(source: NDArray[Any]) -> Array:
-        """Return an array with these numbers; one copy, however they are strided."""
-        copy, memory = empty(source.shape, source.dtype.name)
-        memory[...] = source
-        return copy
+    def copied(self, source: NDArray[Any]) -> Array:
+        """Return an array with these numbers. For a moment there is another copy, if they do not lie in order."""
+        return self.mx.array(np.ascontiguousarray(source))
 
     def raw(self, weight: Weight, index: int, rows: int) -> NDArray[np.uint8]:
         """The bytes of `rows` rows of the segment's weight number `index`, as they are in a file."""
