@@ -1,6 +1,7 @@
 """macOS: physical footprint by proc_pid_rusage, F_NOCACHE, vm statistics. Knows nothing of models or plans.
 
-The footprint, not the resident size, is what the system's own limits and Activity Monitor count.
+The footprint, not the resident size, is what the system's own limits and Activity Monitor count. Buffers of a GPU are
+part of it as IOKit mappings, in full, wired or not (the ledger `phys_footprint` in XNU's osfmk/kern/task.c).
 """
 
 from __future__ import annotations
