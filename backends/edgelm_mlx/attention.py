@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgelm.engine.ir import AttendSpec
-from edgelm_mlx.frame import FLUSH_BYTES, Frame, Site, Step, at
+from edgelm_mlx.frame import Frame, Site, Step, at
 from edgelm_mlx.library import Array
 
 _COPIES = 4
@@ -26,9 +26,9 @@ def lower_attend(site: Site) -> Step:
     sharing = spec.n_heads // n_kv
     # of a head, in float16: what is copied, in order, the copy, and that with the new rows; and the last as float32
     head_bytes = (3 * 2 + 4) * (length + n) * (dim_k + dim_v)
-    heads = min(max(FLUSH_BYTES // head_bytes, 1), n_kv)
+    heads = min(max(site.limits.flush_bytes // head_bytes, 1), n_kv)
     row_bytes = _COPIES * 4 * heads * sharing * (length + dim_k + dim_v)
-    tile = min(max(FLUSH_BYTES // row_bytes, 1), n)
+    tile = min(max(site.limits.flush_bytes // row_bytes, 1), n)
 
     def run(frame: Frame) -> None:
         mx, bound = frame.mx, frame.bindings

@@ -1,7 +1,7 @@
 """What a running program sees: arrays from bound addresses, values so far, and when MLX has to compute.
 
 MLX is lazy: an array is a promise until it is evaluated, and promises keep everything alive that they are made of.
-Operations tell the frame what they have made; once that is `FLUSH_BYTES`, or much work, it is all evaluated. So the
+Operations tell the frame what they have made; once that is much memory, or much work, it is all evaluated. So the
 memory of a program is bounded, and a pass can be broken off. Knows no operation.
 """
 
@@ -25,10 +25,25 @@ from edgelm_mlx.library import Array
 if TYPE_CHECKING:
     from edgelm_mlx.session import MlxSession
 
-FLUSH_BYTES = 4 << 20
-"""Bytes of arrays that may be promised before they are computed."""
-FLUSH_WORK = {"cpu": 1 << 28, "gpu": 1 << 36}
-"""Multiplications that may be promised: about 0.2 s on one core; on a GPU, waiting for an answer is what costs."""
+
+class Limits(NamedTuple):
+    """How far a program goes before MLX has to compute.
+
+    `flush_bytes`: arrays that may be promised; `flush_work`: multiplications. `tile_bytes`: what is made at a time of
+    weights that are copied or widened. `cache_bytes`: freed arrays that MLX keeps; without any, the system clears new
+    memory for every array.
+    """
+
+    flush_bytes: int
+    flush_work: int
+    tile_bytes: int
+    cache_bytes: int
+
+
+LIMITS = {
+    "cpu": Limits(2 << 20, 1 << 28, 512 << 10, 8 << 20),  # 0.2 s of work on one core
+    "gpu": Limits(16 << 20, 1 << 36, 4 << 20, 16 << 20),  # here waiting for an answer is what costs
+}
 
 
 def at(address: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -53,7 +68,7 @@ class Site(NamedTuple):
     rows: int
     width: int
     shape: PassShape
-    device: str
+    limits: Limits
 
     @property
     def out_bytes(self) -> int:
@@ -81,7 +96,8 @@ class Frame:
         """Count bytes of arrays that an operation has made, and multiplications. It still needs those in `alive`."""
         self._pending_bytes += n_bytes
         self._pending_work += work
-        if self._pending_bytes >= FLUSH_BYTES or self._pending_work >= FLUSH_WORK[self.session.device]:
+        limits = self.session.limits
+        if self._pending_bytes >= limits.flush_bytes or self._pending_work >= limits.flush_work:
             self.flush(alive)
 
     def flush(self, alive: Sequence[Array] = ()) -> None:

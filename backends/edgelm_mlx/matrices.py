@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from edgelm.engine.ir import Weight
-from edgelm.files.blocks import dequantize
+from edgelm.files.blocks import TEMPORARY_BYTES, dequantize
 from edgelm.files.ggml_types import TensorType
 from edgelm_mlx.forms import FORMS, HALF, Form, held_row_bytes, runs
-from edgelm_mlx.frame import FLUSH_BYTES, FLUSH_WORK, Frame, Site, Step, at
+from edgelm_mlx.frame import Frame, Site, Step, at
 from edgelm_mlx.library import Array, empty
 
 PANEL = 32
@@ -55,7 +55,7 @@ def lower_linear(site: Site) -> Step:
     signs = np.resize(np.repeat(np.array([1, -1], np.float32), HALF), width)
 
     def tile_rows(row_bytes: int) -> int:
-        most = min(FLUSH_BYTES // row_bytes, FLUSH_WORK[site.device] // (n * width))
+        most = min(site.limits.tile_bytes // row_bytes, site.limits.flush_work // (n * width))
         return min(max(most // PANEL * PANEL, PANEL), -(-rows // PANEL) * PANEL)
 
     def run(frame: Frame) -> None:
@@ -107,7 +107,7 @@ def _panels(mx: Any, x: Array, rows: Array) -> Array:
 
 def lower_embed(site: Site) -> Step:
     (table,) = site.op.weights
-    tile = max(1, FLUSH_BYTES // 16 // table.width)
+    tile = max(1, site.limits.tile_bytes // TEMPORARY_BYTES // table.width)
 
     def run(frame: Frame) -> None:
         raw = frame.raw(table, site.first_weight, site.rows)
@@ -117,4 +117,4 @@ def lower_embed(site: Site) -> Step:
         frame.values[site.op.output] = out
         frame.made(site.out_bytes)
 
-    return Step(run, site.out_bytes + FLUSH_BYTES // 2)
+    return Step(run, site.out_bytes + max(site.limits.tile_bytes, TEMPORARY_BYTES * table.width))

@@ -17,12 +17,9 @@ from edgelm.errors import Cancelled, UnsupportedModel
 from edgelm_mlx import rows
 from edgelm_mlx.attention import lower_attend
 from edgelm_mlx.forms import TYPES
-from edgelm_mlx.frame import FLUSH_BYTES, Frame, Site, Step, at, hold_vector
+from edgelm_mlx.frame import LIMITS, Frame, Limits, Site, Step, at, hold_vector
 from edgelm_mlx.library import RUNNING, device, load, stream
 from edgelm_mlx.matrices import Matrix, hold, lower_embed, lower_linear
-
-CACHE_BYTES = 4 << 20
-"""Freed arrays that MLX may keep: without any, it would ask the system for memory at every operation."""
 
 LOWERINGS: dict[str, Callable[[Site], Step]] = {
     "embed": lower_embed,
@@ -42,24 +39,25 @@ LOWERINGS: dict[str, Callable[[Site], Step]] = {
 
 
 class MlxSession:
-    """An open MLX. While it is open, MLX keeps no more than `CACHE_BYTES` of freed memory in this process."""
+    """An open MLX. While it is open, MLX keeps no more than its limit of freed memory in this process."""
 
     def __init__(self) -> None:
         self.mx = load()
         self.device = device()
+        self.limits = LIMITS[self.device]
         self._aborted = False
         self.adopted: dict[int, Matrix] = {}
         self._n_adopted = 0
-        self.mx.set_cache_limit(CACHE_BYTES)
+        self.mx.set_cache_limit(self.limits.cache_bytes)
 
     def compile(self, segment: Segment, shape: PassShape) -> MlxProgram:
         """Lower a segment. Raises `UnsupportedModel` for an operation or a tensor type that this backend lacks."""
-        return MlxProgram(self, segment, shape, _lower(segment, shape, self.device))
+        return MlxProgram(self, segment, shape, _lower(segment, shape, self.limits))
 
     def scratch_bytes(self, segment: Segment, shape: PassShape) -> int:
-        steps = _lower(segment, shape, self.device)
+        steps = _lower(segment, shape, self.limits)
         most = max(living + step.atom_bytes for living, step in zip(_living_bytes(segment, shape), steps, strict=True))
-        return most + FLUSH_BYTES + CACHE_BYTES
+        return most + self.limits.flush_bytes + self.limits.cache_bytes
 
     def reserve(self, scratch_bytes: int) -> None:
         """Nothing to do: MLX allocates as it computes."""
@@ -124,7 +122,7 @@ class MlxProgram:
             frame.flush()
 
 
-def _lower(segment: Segment, shape: PassShape, device: str) -> tuple[Step, ...]:
+def _lower(segment: Segment, shape: PassShape, limits: Limits) -> tuple[Step, ...]:
     steps, first_weight = [], 0
     for op in segment.ops:
         lower = LOWERINGS.get(op.kind)
@@ -136,7 +134,7 @@ def _lower(segment: Segment, shape: PassShape, device: str) -> tuple[Step, ...]:
                     f"the mlx backend cannot read {weight.type.name} weights; use another quantization"
                 )
         made = segment.values[op.output]
-        steps.append(lower(Site(op, first_weight, shape.rows(made.per), made.width, shape, device)))
+        steps.append(lower(Site(op, first_weight, shape.rows(made.per), made.width, shape, limits)))
         first_weight += len(op.weights)
     return tuple(steps)
 
