@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from edgelm.files.ggml_types import TensorType
+from edgelm.files.ggml_types import AFFINE_TYPES, TensorType
 
 GROUP = 32
 HALF = GROUP // 2
@@ -67,6 +67,9 @@ FORMS: dict[TensorType, Form] = {
     TensorType.MXFP4: Form(5, 12, _F32),
     TensorType.NVFP4: Form(5, 12, _F32, halves=True),
 }
+for _kind in AFFINE_TYPES:  # as MLX quantizes itself: the rows of such folders are held as they are
+    if (_affine := _kind.affine) is not None:
+        FORMS[_kind] = Form(_affine.bits, 0, _affine.scales, group=_affine.group)
 FLOATS = frozenset({TensorType.F32, TensorType.F16, TensorType.BF16})
 TYPES = frozenset(FORMS) | FLOATS
 

@@ -1,4 +1,4 @@
-"""Convert quantized matrices into MLX's affine form, once: every type of `FORMS` exactly."""
+"""Convert ggml's quantized matrices into MLX's affine form, once: every type of `FORMS` exactly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MlxLayout:
     key = "mlx-affine-1"
 
     def packed(self, info: TensorInfo) -> Packed | None:
-        if info.type not in FORMS or info.n_rows == 1:
+        if info.type not in FORMS or info.type.affine is not None or info.n_rows == 1:
             return None
         return Packed(held_row_bytes(info.type, info.shape[0]), ROW_STEP)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from edgelm.files.affine import as_ggml, holder, split_rows
-from edgelm.files.ggml_types import AFFINE_TYPES, Affine, TensorType, row_bytes, tensor_type
 from edgelm.files.blocks import dequantize
+from edgelm.files.ggml_types import AFFINE_TYPES, Affine, TensorType, row_bytes, tensor_type
 
 N_ROWS, WIDTH = 5, 256
 

@@ -10,7 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from edgelm.engine.health import check
-from edgelm.testing import tiny_model
+from edgelm.engine.loading import computable, open_path
+from edgelm.engine.registry import get_backend
+from edgelm.testing import tiny_folder, tiny_model
 from edgelm.testing.evaluate import evaluate, logits_error
 
 IDS = [1, 7, 3, 200, 41, 42, 43, 7, 99, 5, 61, 17, 23, 250, 4, 88]
@@ -34,6 +36,26 @@ def test_tiny_models_equal_the_oracle(tmp_path: Path, architecture: str, passes:
     theirs = evaluate(path, IDS, passes=passes)
     assert kl(theirs, ours).mean() < 1e-6
     assert logits_error(ours, theirs) < 2e-3  # one bit of a cached float16 may differ
+
+
+@pytest.mark.parametrize("scheme", [(4, 64), (8, 32), (6, 64)], ids=lambda scheme: f"{scheme[0]} bits of {scheme[1]}")
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_quantized_folders_are_continued_as_mlx_lm_does(
+    tmp_path: Path, architecture: str, scheme: tuple[int, int]
+) -> None:
+    """The rows are held as MLX quantized them; greedy tokens are those of mlx-lm with float32 activations."""
+    utils = pytest.importorskip("mlx_lm.utils")
+    mx = pytest.importorskip("mlx.core")
+    folder = tiny_folder(tmp_path / "model", architecture, dtype="BF16", quantized={"": scheme})
+    file = computable(open_path(folder), get_backend("mlx"))[0]
+    assert all(info.type.affine is not None for info in file.tensors.values() if info.n_rows > 1)
+    model, _ = utils.load_model(folder)
+    model.set_dtype(mx.float32)
+    ids = list(IDS)
+    for _ in range(16):
+        ids.append(int(model(mx.array([ids]))[0, -1].argmax()))
+    ours = evaluate(folder, ids, backend="mlx", passes=(16, *[1] * 16))
+    assert ours.argmax(axis=1)[15:-1].tolist() == ids[16:]
 
 
 @pytest.mark.models

@@ -19,7 +19,7 @@ from edgelm.engine.preparing import packed_bytes
 from edgelm.engine.registry import get_backend
 from edgelm.errors import BackendUnavailable, UnsupportedModel
 from edgelm.files.blocks import QUANTIZED, take_apart
-from edgelm.files.ggml_types import TensorType, row_bytes
+from edgelm.files.ggml_types import AFFINE_TYPES, TensorType, row_bytes
 from edgelm.files.model import TensorInfo
 from edgelm.testing.blocks import RANDOM_TYPES, random_weights
 from edgelm.testing.recording import Recording
@@ -53,7 +53,7 @@ def unpack_bits(data: NDArray[np.uint8], n_bits: int) -> NDArray[np.int64]:
 
 
 def test_every_type_that_can_be_taken_apart_has_a_form() -> None:
-    assert set(FORMS) == set(QUANTIZED)
+    assert set(FORMS) == set(QUANTIZED) | AFFINE_TYPES
 
 
 @pytest.mark.parametrize("kind", sorted(set(FORMS) & RANDOM_TYPES), ids=lambda kind: kind.name)
@@ -96,8 +96,10 @@ def test_scales_beyond_float16_are_refused() -> None:
         packed_bytes(MlxLayout(), info, data.tobytes())
 
 
-def test_floats_and_vectors_stay_as_they_are() -> None:
+def test_floats_vectors_and_what_mlx_quantized_stay_as_they_are() -> None:
     layout = MlxLayout()
+    n_bytes = row_bytes(TensorType.AFFINE4_G64_BF16, 128) * 8
+    assert layout.packed(TensorInfo("w", TensorType.AFFINE4_G64_BF16, (128, 8), 0, 0, n_bytes)) is None
     assert layout.packed(TensorInfo("w", TensorType.F16, (64, 8), 0, 0, 64 * 8 * 2)) is None
     assert layout.packed(TensorInfo("b", TensorType.Q8_0, (64, 1), 0, 0, row_bytes(TensorType.Q8_0, 64))) is None
 
