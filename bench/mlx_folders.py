@@ -28,10 +28,11 @@ PROMPTS = (
     "Water boils at",
     "The three most important inventions of the last century are",
 )
+PLAIN = "bf16"
 VARIANTS: dict[str, dict[str, Any]] = {
-    "bf16": {},
-    "4 bits, group 64": {"bits": 4, "group_size": 64},
-    "8 bits, group 32": {"bits": 8, "group_size": 32},
+    PLAIN: {},
+    "4 bits, group 64": {"group_size": 64, "bits": 4},
+    "8 bits, group 32": {"group_size": 32, "bits": 8},
 }
 """The second is what `mlx_lm.convert -q` makes."""
 CONTEXT = 256
@@ -39,25 +40,32 @@ RESIDENT = "4GB"
 CHILD = Path(__file__).resolve()
 
 
-def make(variant: str, model: Path) -> Path:
-    """Return the folder of a variant; it is made once."""
-    plain = common.scratch_folder() / f"mlx {model.stem} hf"
+def folder_of(variant: str, model: Path) -> Path:
+    """Return the folder of a variant, made once, in a child: the peak of a process begins at that of its parent."""
+    folder = common.scratch_folder() / f"mlx {model.stem} {variant}"
+    if not (folder / "config.json").exists():
+        done = common.run([sys.executable, str(CHILD), "--make", variant, str(model), str(folder)])
+        if done.exit_code != 0:
+            raise RuntimeError(done.stderr)
+    return folder
+
+
+def make(variant: str, model: Path, folder: Path) -> None:
+    plain = folder.with_name(f"mlx {model.stem} {PLAIN}")
     if not (plain / "config.json").exists():
         hf_folder.write(model, plain)
-    options = VARIANTS[variant]
-    folder = common.scratch_folder() / f"mlx {model.stem} {variant}" if options else plain
-    if not (folder / "config.json").exists():
-        import mlx.core as mx
-        from mlx_lm import utils
+    if variant == PLAIN:
+        return
+    import mlx.core as mx
+    from mlx_lm import utils
 
-        loaded, config = utils.load_model(plain)
-        loaded.set_dtype(mx.bfloat16)
-        loaded, config = utils.quantize_model(loaded, config, options["group_size"], options["bits"])
-        utils.save_model(folder, loaded)
-        for path in plain.glob("token*"):
-            shutil.copy(path, folder)
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    loaded, config = utils.load_model(plain)
+    loaded.set_dtype(mx.bfloat16)
+    loaded, config = utils.quantize_model(loaded, config, **VARIANTS[variant])
+    utils.save_model(folder, loaded)
+    for path in plain.glob("token*"):
+        shutil.copy(path, folder)
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def ours(spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -115,7 +123,7 @@ def parting(ours: list[int], theirs: list[int]) -> int | None:
 
 
 def measure(variant: str, model: Path, args: Any, report: common.Report) -> None:
-    folder = make(variant, model)
+    folder = folder_of(variant, model)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     spec = {"folder": str(folder), "prompts": encode(folder), "tokens": args.tokens}
     peers = {}
@@ -161,6 +169,9 @@ def speed(runs: list[dict[str, Any]], peak_bytes: int) -> dict[str, float]:
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         print(json.dumps(SIDES[sys.argv[2]](json.loads(sys.argv[3]))))
+        return
+    if sys.argv[1:2] == ["--make"]:
+        make(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
         return
     parser = common.arguments(__doc__, rounds=1, models=["smollm2-135m-instruct"])
     parser.add_argument("--tokens", type=int, default=32)
