@@ -24,12 +24,14 @@ BACKENDS: Mapping[str, str] = {
     "llamacpp": "edgelm_llamacpp:BACKEND",
     "mlx": "edgelm_mlx:BACKEND",
     "numpy": "edgelm_numpy:BACKEND",
+    "onnx": "edgelm_onnx:BACKEND",
 }
 ARCHITECTURES: Mapping[str, str] = {
     name: f"edgelm_models.{name}"
     for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "granite", "olmo2")
 }
 HINTS: Mapping[str, str] = {
+    "onnx": "install it with: pip install onnxruntime",
     "llamacpp": "install it with: pip install 'edgelm[llamacpp]' (compiles for some minutes, needs a C++ compiler)",
     "mlx": "install it with: pip install 'edgelm[mlx]'",
 }

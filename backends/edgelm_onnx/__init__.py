@@ -1,0 +1,63 @@
+"""The ONNX Runtime backend: the default on processors, needs no compiler.
+
+Matrices are brought into ONNX Runtime's own packed layout once (`layout`), exactly; the window then holds packed bytes,
+and the kernels of a session are pointed to them (`kernels`), wherever they lie. Everything else is operators of ONNX.
+Importing this imports no library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgelm.engine.backend import Availability, CacheLayout, Capabilities
+from edgelm.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from edgelm.engine.backend import WeightLayout
+    from edgelm_onnx.session import OnnxSession
+
+__all__ = ["BACKEND", "OnnxBackend"]
+
+
+class OnnxBackend:
+    """See `edgelm.engine.backend.Backend`."""
+
+    name = "onnx"
+
+    def probe(self) -> Availability:
+        from edgelm_onnx.proof import prove
+        from edgelm_onnx.runtime import version
+
+        try:
+            prove()
+        except BackendUnavailable as exc:
+            return Availability(False, exc.reason)
+        return Availability(True, version=f"onnxruntime {version()}")
+
+    def identity(self) -> str:
+        """Return what changes with the installed library; see `edgelm.engine.health.identity`."""
+        from edgelm.engine.health import file_facts
+        from edgelm_onnx.runtime import folder
+
+        home = folder()
+        return file_facts(home) if home else "not installed"
+
+    def capabilities(self) -> Capabilities:
+        from edgelm.files.blocks import TYPES
+
+        return Capabilities(TYPES, cache=CacheLayout(item="f16", values="place_dim", rings=False))
+
+    def layout(self) -> WeightLayout:
+        from edgelm_onnx.layout import OnnxLayout
+
+        return OnnxLayout()
+
+    def open(self, n_threads: int) -> OnnxSession:
+        if n_threads < 1:
+            raise BackendUnavailable(self.name, f"it needs at least one thread, got {n_threads}", "pass --threads 1")
+        from edgelm_onnx.session import OnnxSession
+
+        return OnnxSession(n_threads)
+
+
+BACKEND = OnnxBackend()

@@ -1,0 +1,275 @@
+"""Programs: the pieces of a segment, bound to addresses and run one after the other.
+
+Before each run the products of a piece are pointed to where the bindings say that the weights lie. Everything else is
+bound by address, once for each set of addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.engine.backend import Bindings, PassShape
+from edgelm.engine.ir import RopeSpec, Segment
+from edgelm.engine.rope import angles
+from edgelm_onnx import proto
+from edgelm_onnx.attention import cache_rows, is_fused
+from edgelm_onnx.host import HostStep, array, host_step
+from edgelm_onnx.kernels import Pointers, find_marked, marked
+from edgelm_onnx.lowering import Slot
+from edgelm_onnx.pieces import Piece, Pieces
+from edgelm_onnx.runtime import Binding, Graph
+from edgelm_onnx.scratch import lowered_once, places
+
+if TYPE_CHECKING:
+    from edgelm_onnx.session import OnnxSession
+
+MAX_KNOWN = 64
+"""Sets of addresses that a program remembers: a streamed one is run for many layers in turn."""
+_ELEMENTS: dict[int, Any] = {
+    proto.FLOAT: np.float32,
+    proto.FLOAT16: np.float16,
+    proto.INT32: np.int32,
+    proto.INT64: np.int64,
+    proto.BFLOAT16: proto.BFLOAT16,
+}
+
+
+class Angles:
+    """Cosines and sines of the positions of a pass, float32 [n_tokens, n_dims / 2]."""
+
+    def __init__(self, spec: RopeSpec, factors: int | None, n_tokens: int) -> None:
+        self._spec, self._factors = spec, factors
+        self.parts = [np.zeros((n_tokens, spec.n_dims // 2), np.float32) for _ in range(2)]
+        self._positions = b""
+
+    def move_to(self, positions: NDArray[np.int32]) -> None:
+        now = positions.tobytes()
+        if now == self._positions:
+            return
+        factors = self._factors and array(self._factors, (self._spec.n_dims // 2,), np.float32)
+        for part, fresh in zip(self.parts, angles(self._spec, positions, factors), strict=True):
+            part[...] = fresh
+        self._positions = now
+
+
+class SharedGraph:
+    """The graph of a piece. Its packed stand-ins are given back at once."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.lowered = low = lowered_once(segment)
+        forms = {name: product.form for name, product in low.products.items()}
+        stands, arrays = marked(forms)
+        model = proto.model(low.nodes, low.ports(low.inputs), low.ports(low.outputs), low.constants, stands)
+        self.graph = Graph(model, arrays)
+        self.pointers = Pointers(self.graph, find_marked(list(forms.values())) if forms else [])
+
+
+class _Step(NamedTuple):
+    """A piece that is bound: to a graph, or to addresses for NumPy."""
+
+    piece: Piece
+    graph: SharedGraph | None
+    binding: Binding | None
+    host: HostStep | None
+    inputs: tuple[int, ...]
+    output: int
+
+
+class OnnxProgram:
+    """A compiled segment."""
+
+    def __init__(self, session: OnnxSession, pieces: Pieces, segment: Segment, shape: PassShape) -> None:
+        self._session, self._pieces, self._segment, self._shape = session, pieces, segment, shape
+        self._places = places(pieces, segment, shape)
+        self._graphs = [None if piece.on_host else session.graph(piece.segment) for piece in pieces.pieces]
+        self._hosts = [host_step(piece.segment, shape) if piece.on_host else None for piece in pieces.pieces]
+        self._bound: Bindings | None = None
+        self._steps: list[_Step] = []
+        self._weights: list[tuple[int, ...]] = []
+        self._known: dict[tuple[object, ...], list[_Step]] = {}
+        self._tables: dict[int, Angles] = {}
+        self._counts = np.zeros(2, np.int32)
+        self._lengths = np.array([group.length for group in shape.groups], np.int64)
+        self._cells: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._moving = self._moving_weights()
+        specs = [spec for graph in self._graphs if graph for spec in graph.lowered.attends]
+        self._fused_groups = {spec.group for spec in specs if is_fused(spec)}
+
+    def run(self, bindings: Bindings) -> None:
+        session = self._session
+        if bindings is not self._bound:
+            self._bind(bindings)
+        self._prepare(bindings)
+        for step, weights in zip(self._steps, self._weights, strict=True):
+            if step.graph is None:
+                session.check()
+                assert step.host is not None
+                step.host(weights, step.inputs, step.output)
+            else:
+                step.graph.pointers.set(weights)
+                session.run(step.graph.graph, step.binding)
+
+    def _prepare(self, bindings: Bindings) -> None:
+        """Bring what depends on the positions of the pass up to date."""
+        n = self._shape.n_tokens
+        positions = array(bindings.positions, (n,), np.int32)
+        last = int(positions[-1])
+        self._counts[:] = last, last + 1
+        for table in self._tables.values():
+            table.move_to(positions)
+        for group in self._fused_groups:
+            stored = array(bindings.places[group], (n,), np.int64)
+            assert stored[0] == positions[0], "fused attention needs every position at its own place"
+        for (group, n_heads), cells in self._cells.items():
+            stored = array(bindings.places[group], (n,), np.int64)
+            cells[...] = cache_rows(n_heads, self._shape.groups[group].capacity, stored)
+
+    # --- binding
+
+    def _moving_weights(self) -> frozenset[int]:
+        """Return the weights of the segment that need no new binding when they lie elsewhere."""
+        moving: set[int] = set()
+        for piece, graph in zip(self._pieces.pieces, self._graphs, strict=True):
+            of_piece = range(len(piece.weights)) if graph is None else (
+                product.weight for product in graph.lowered.products.values()
+            )
+            moving.update(piece.weights[i].index for i in of_piece)
+        return frozenset(moving)
+
+    def _bind(self, bindings: Bindings) -> None:
+        scratch = self._session.scratch(self._places.n_bytes)
+        fixed = tuple(at for i, at in enumerate(bindings.weights) if i not in self._moving)
+        key = (scratch, fixed, bindings.inputs, bindings.outputs, bindings.keys, bindings.values, bindings.masks,
+               bindings.out_rows)
+        steps = self._known.get(key)
+        if steps is None:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+                self._tables.clear()
+            steps = self._known[key] = [*self._bound_steps(bindings, scratch)]
+        self._steps, self._bound = steps, bindings
+        self._weights = [self._addresses(step, bindings) for step in steps]
+
+    def _addresses(self, step: _Step, bindings: Bindings) -> tuple[int, ...]:
+        """Return where the weights of a step lie that are not part of its binding."""
+        refs = step.piece.weights
+        if step.graph is None:
+            return tuple(bindings.weights[ref.index] + ref.offset for ref in refs)
+        return tuple(
+            bindings.weights[refs[product.weight].index] + refs[product.weight].offset + product.offset
+            for product in step.graph.lowered.products.values()
+        )
+
+    def _bound_steps(self, bindings: Bindings, scratch: int) -> Iterator[_Step]:
+        segment = self._segment
+        at = {value: scratch + offset for value, offset in self._places.offsets.items()}
+        at |= dict(zip(segment.inputs, bindings.inputs, strict=True))
+        at |= dict(zip(segment.outputs, bindings.outputs, strict=True))
+        for piece, graph, host in zip(self._pieces.pieces, self._graphs, self._hosts, strict=True):
+            inputs = tuple(at[value] for value in piece.inputs)
+            outputs = tuple(at[value] for value in piece.outputs)
+            if graph is None:
+                yield _Step(piece, None, None, host, inputs, outputs[0])
+                continue
+            values = dict(zip((*piece.segment.inputs, *piece.segment.outputs), (*inputs, *outputs), strict=True))
+            binding = graph.graph.binding()
+            find = _Finder(self, bindings, piece, graph, values)
+            for slot in graph.lowered.inputs:
+                binding.input(slot.name, _ELEMENTS[slot.element], find.shape(slot), find.address(slot))
+            for slot in graph.lowered.outputs:
+                binding.output(slot.name, _ELEMENTS[slot.element], find.shape(slot), find.address(slot))
+            yield _Step(piece, graph, binding, None, (), 0)
+
+    def table(self, spec: RopeSpec, factors: int | None) -> Angles:
+        table = self._session.angles(spec, factors, self._shape.n_tokens)
+        self._tables[id(table)] = table
+        return table
+
+    def cells(self, group: int, n_heads: int) -> NDArray[np.int64]:
+        if (group, n_heads) not in self._cells:
+            self._cells[group, n_heads] = np.zeros((n_heads * self._shape.n_tokens, 1), np.int64)
+        return self._cells[group, n_heads]
+
+    @property
+    def shape(self) -> PassShape:
+        return self._shape
+
+    @property
+    def counts(self) -> NDArray[np.int32]:
+        """The last position of the pass, and how many are stored with it."""
+        return self._counts
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return self._lengths
+
+
+class _Finder:
+    """Says where an input or output of a graph lies, and what shape it has in this pass."""
+
+    def __init__(
+        self, program: OnnxProgram, bindings: Bindings, piece: Piece, graph: SharedGraph, values: dict[int, int]
+    ) -> None:
+        self._program, self._bindings, self._piece, self._graph, self._values = program, bindings, piece, graph, values
+        self._by_layer = {spec.layer: spec for spec in graph.lowered.attends}
+
+    def address(self, slot: Slot) -> int:
+        return int(getattr(self, f"_{slot.source.kind}")(slot))
+
+    def shape(self, slot: Slot) -> tuple[int, ...]:
+        return tuple(dim if isinstance(dim, int) else self._dim(dim) for dim in slot.shape)
+
+    def _dim(self, name: str) -> int:
+        shape = self._program.shape
+        if name == "tokens":
+            return shape.n_tokens
+        if name == "rows":
+            return shape.n_outputs
+        what, number = name.rstrip("0123456789"), int(name.lstrip("abcdefghijklmnopqrstuvwxyz"))
+        if what == "capacity":
+            return shape.groups[number].capacity
+        if what == "length":
+            return shape.groups[number].length
+        spec = self._by_layer[number]
+        return spec.n_kv_heads * (shape.n_tokens if what == "places" else shape.groups[spec.group].capacity)
+
+    def _value(self, slot: Slot) -> int:
+        return self._values[slot.source.index]
+
+    def _weight(self, slot: Slot) -> int:
+        ref = self._piece.weights[slot.source.index]
+        return self._bindings.weights[ref.index] + ref.offset + slot.source.offset
+
+    def _cache_keys(self, slot: Slot) -> int:
+        return self._bindings.keys[self._piece.layers[slot.source.index]]
+
+    def _cache_values(self, slot: Slot) -> int:
+        return self._bindings.values[self._piece.layers[slot.source.index]]
+
+    def _angles(self, slot: Slot) -> int:
+        spec, weight = self._graph.lowered.tables[slot.source.index]
+        factors = None if weight is None else self._bindings.weights[self._piece.weights[weight].index]
+        return int(self._program.table(spec, factors).parts[slot.source.offset].ctypes.data)
+
+    def _places(self, slot: Slot) -> int:
+        spec = self._by_layer[slot.source.index]
+        return int(self._program.cells(spec.group, spec.n_kv_heads).ctypes.data)
+
+    def _mask(self, slot: Slot) -> int:
+        return self._bindings.masks[slot.source.index]
+
+    def _length(self, slot: Slot) -> int:
+        return int(self._program.lengths[slot.source.index :].ctypes.data)
+
+    def _last(self, slot: Slot) -> int:
+        return int(self._program.counts.ctypes.data)
+
+    def _total(self, slot: Slot) -> int:
+        return int(self._program.counts[1:].ctypes.data)
+
+    def _out_rows(self, slot: Slot) -> int:
+        return self._bindings.out_rows
