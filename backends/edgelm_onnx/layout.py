@@ -5,7 +5,8 @@ more. The operator takes minima only as whole multiples of the scale. When it ha
 float for each block that the sum of the block's activations is multiplied by; the minimum itself is written there. That
 these floats are where this expects them is proved by `edgelm_onnx.proof` before anything is packed.
 
-Rows that are left over when a matrix is cut in sixteens stay as they are in the file.
+Rows that are left over when a matrix is cut in sixteens stay as they are in the file, and so do matrices of floats:
+those are in the layout only for where they may be cut, since the order of summation depends on the rows of a product.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edgelm.engine.backend import Packed
-from edgelm.files.blocks import QUANTIZED, take_apart
+from edgelm.files.blocks import QUANTIZED, TYPES, take_apart
 from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.model import TensorInfo
 from edgelm_onnx.kernels import Bytes, Floats, Form, constants, products, read_packed
@@ -51,7 +52,7 @@ _BLOCKS_OF_16 = frozenset(TensorType[name] for name in ("Q2_K", "Q3_K", "Q6_K", 
 
 
 class Tile(NamedTuple):
-    """Rows that are one product, or (`form` None) that are left as in the file."""
+    """Rows that are one product: packed, or (`form` None) as in the file."""
 
     first_row: int
     rows: int
@@ -66,20 +67,30 @@ def is_packed(kind: TensorType) -> bool:
     return kind in QUANTIZED
 
 
-def packed_row_bytes(kind: TensorType, width: int) -> int:
+def stored_row_bytes(kind: TensorType, width: int) -> int:
+    """Return the bytes of a row in the layout."""
+    if not is_packed(kind):
+        return row_bytes(kind, width)
     form = form_of(kind, width, 1)
     return form.code_bytes + form.n_blocks * floats_bytes(form.bits, form.block)
 
 
+def working_row_bytes(kind: TensorType, width: int) -> int:
+    """Return the bytes of a row when it is computed with: floats are widened."""
+    return stored_row_bytes(kind, width) if is_packed(kind) else 4 * width
+
+
 def tile_rows(kind: TensorType, width: int) -> int:
-    return max(TILE_BYTES // packed_row_bytes(kind, width) // _TILE_STEP, 1) * _TILE_STEP
+    return max(TILE_BYTES // working_row_bytes(kind, width) // _TILE_STEP, 1) * _TILE_STEP
 
 
 def tiles(kind: TensorType, width: int, rows: int) -> list[Tile]:
     """Return how some rows of a matrix that begin at a tile's first are cut."""
-    step, whole = tile_rows(kind, width), rows // ROW_GROUP * ROW_GROUP
+    packed = is_packed(kind)
+    step, whole = tile_rows(kind, width), rows // ROW_GROUP * ROW_GROUP if packed else rows
     cut = [Tile(first, min(step, whole - first), None) for first in range(0, whole, step)]
-    cut = [tile._replace(form=form_of(kind, width, tile.rows)) for tile in cut]
+    if packed:
+        cut = [tile._replace(form=form_of(kind, width, tile.rows)) for tile in cut]
     return [*cut, Tile(whole, rows - whole, None)] if whole < rows else cut
 
 
@@ -141,17 +152,16 @@ class OnnxLayout:
         return f"onnxruntime {version()}, layout {VERSION}, floats {floats}, tiles of {TILE_BYTES}"
 
     def packed(self, info: TensorInfo) -> Packed | None:
-        if not is_packed(info.type):
+        if info.type not in TYPES:
             return None
         width = info.shape[0]
-        return Packed(packed_row_bytes(info.type, width), tile_rows(info.type, width))
+        return Packed(stored_row_bytes(info.type, width), tile_rows(info.type, width))
 
     def pack(self, info: TensorInfo, first_row: int, rows: memoryview, out: memoryview) -> None:
         width, target = info.shape[0], np.frombuffer(out, np.uint8)
         raw = np.frombuffer(rows, np.uint8).reshape(-1, row_bytes(info.type, width))
-        target[:] = 0
         for tile in tiles(info.type, width, len(raw)):
             part = raw[tile.first_row : tile.first_row + tile.rows]
             packed = part.reshape(-1) if tile.form is None else pack_rows(tile.form, info.type, part)
-            at = tile.first_row * packed_row_bytes(info.type, width)
+            at = tile.first_row * stored_row_bytes(info.type, width)
             target[at : at + len(packed)] = packed

@@ -20,13 +20,10 @@ from edgelm.errors import UnsupportedModel
 from edgelm.files.ggml_types import TensorType
 from edgelm_onnx import attention
 from edgelm_onnx.kernels import Form
-from edgelm_onnx.layout import is_packed, packed_row_bytes, tiles
+from edgelm_onnx.layout import Tile, stored_row_bytes, tiles
 from edgelm_onnx.proto import BFLOAT16, FLOAT, FLOAT16, INT32, Attribute, Node, Port
 
 ELEMENTS = {TensorType.F32: FLOAT, TensorType.F16: FLOAT16, TensorType.BF16: BFLOAT16}
-LOOSE_BYTES = 4 << 20
-"""Bytes of float32 that an unpacked matrix is widened to at a time."""
-_LOOSE_STEP = 32
 
 
 class Source(NamedTuple):
@@ -195,51 +192,34 @@ class _Lowering:
     def _linear(self, op: Op) -> None:
         (index, matrix), *bias = self._next(op)
         x, y = self.names[op.inputs[0]], self.names[op.output]
-        packed = is_packed(matrix.type) and matrix.rows > 1
-        parts = self._packed_parts if packed else self._loose_parts
         product = f"{y}.product" if bias else y
-        parts(op, index, matrix, x, product)
+        cut = tiles(matrix.type, matrix.width, matrix.rows)
+        names = [product] if len(cut) == 1 else [f"{y}.t{tile.first_row}" for tile in cut]
+        for name, tile in zip(names, cut, strict=True):
+            self._tile(op, index, matrix, tile, x, name)
+        if len(cut) > 1:
+            self.node("Concat", tuple(names), product, self.size(op.output), axis=2)
         for number, vector in bias:
             self.emit(op, "Add", (product, self.vector(number, vector)))
 
-    def _packed_parts(self, op: Op, index: int, matrix: Weight, x: str, y: str) -> None:
-        row_bytes = packed_row_bytes(matrix.type, matrix.width)
-        cut = tiles(matrix.type, matrix.width, matrix.rows)
-        names = [y] if len(cut) == 1 else [f"{y}.t{tile.first_row}" for tile in cut]
-        rows_of = self._rows_of(op)
-        for name, tile in zip(names, cut, strict=True):
-            assert tile.form is not None, "rows left over are computed elsewhere"
-            constants = f"w{index}.t{tile.first_row}"
-            self.out.nodes.append(tile.form.node(constants, x, name))
-            self.out.temporaries[name] = lambda shape, rows=tile.rows: 4 * rows * rows_of(shape)
-            # activations as bytes, with a scale and a sum for each block
-            self.out.temporaries[f"{name}!"] = lambda shape: matrix.width * rows_of(shape) * 2
-            self.out.products[constants] = Product(tile.form, index, tile.first_row * row_bytes)
-        self._join(op, names, y)
-
-    def _loose_parts(self, op: Op, index: int, matrix: Weight, x: str, y: str) -> None:
-        step = max(LOOSE_BYTES // (4 * matrix.width) // _LOOSE_STEP, 1) * _LOOSE_STEP
-        row_bytes = matrix.width * matrix.type.block_bytes
-        names = []
-        rows_of = self._rows_of(op)
-        for first in range(0, matrix.rows, step):
-            rows = min(step, matrix.rows - first)
-            part = self._widened(f"w{index}.r{first}", index, first * row_bytes, matrix.type, (rows, matrix.width))
-            name = y if rows == matrix.rows else f"{y}.r{first}"
-            names.append(name)
+    def _tile(self, op: Op, index: int, matrix: Weight, tile: Tile, x: str, y: str) -> None:
+        rows_of, at = self._rows_of(op), tile.first_row * stored_row_bytes(matrix.type, matrix.width)
+        name = f"w{index}.t{tile.first_row}"
+        if tile.form is None:
+            part = self._widened(name, index, at, matrix.type, (tile.rows, matrix.width))
             self.node(
-                "FusedMatMul", (x, part), name, lambda shape, rows=rows: 4 * rows * rows_of(shape), "com.microsoft",
-                transB=1,
+                "FusedMatMul", (x, part), y, lambda shape: 4 * tile.rows * rows_of(shape), "com.microsoft", transB=1
             )
-        self._join(op, names, y)
+            return
+        self.out.nodes.append(tile.form.node(name, x, y))
+        self.out.temporaries[y] = lambda shape: 4 * tile.rows * rows_of(shape)
+        # activations as bytes, with a scale and a sum for each block
+        self.out.temporaries[f"{y}!"] = lambda shape: matrix.width * rows_of(shape) * 2
+        self.out.products[name] = Product(tile.form, index, at)
 
     def _rows_of(self, op: Op) -> Callable[[PassShape], int]:
         per = self.segment.values[op.output].per
         return lambda shape: shape.rows(per)
-
-    def _join(self, op: Op, names: list[str], y: str) -> None:
-        if len(names) > 1:
-            self.node("Concat", tuple(names), y, self.size(op.output), axis=2)
 
     def _slice(self, op: Op) -> None:
         assert isinstance(op.params, Columns)

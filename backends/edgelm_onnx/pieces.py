@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from edgelm.engine.ir import Op, Placed, Segment, Value, Weight, place
-from edgelm_onnx.layout import is_packed, packed_row_bytes, tile_rows, tiles
+from edgelm_onnx.layout import is_packed, stored_row_bytes, tile_rows, tiles, working_row_bytes
 
 LARGEST_BYTES = 8 << 20
-"""Packed bytes of a matrix that one piece computes; a larger one is cut into groups of tiles."""
+"""Bytes of a matrix that one piece computes with; a larger one is cut into groups of tiles."""
 ON_HOST = frozenset({"embed", "concat", "left_over"})
 
 
@@ -71,8 +71,8 @@ def _named(segment: Segment) -> Iterator[Op]:
 
 def _split(op: Op, values: list[Value]) -> Iterator[Op]:
     """Yield an operation, or a product in parts: groups of tiles, rows left over, and what joins them."""
-    cuts = _row_cuts(op.weights[0]) if op.kind == "linear" and is_packed(op.weights[0].type) else []
-    if len(cuts) < 2 and not (cuts and cuts[0][0] == "left_over"):
+    cuts = _row_cuts(op.weights[0]) if op.kind == "linear" else []
+    if [kind for kind, _, _ in cuts] in ([], ["linear"]):
         yield op
         return
     parts = []
@@ -89,8 +89,9 @@ def _split(op: Op, values: list[Value]) -> Iterator[Op]:
 def _row_cuts(matrix: Weight) -> list[tuple[str, int, int]]:
     """Return kind, first row and rows of the parts of a product."""
     step = tile_rows(matrix.type, matrix.width)
-    group = max(LARGEST_BYTES // packed_row_bytes(matrix.type, matrix.width) // step, 1) * step
-    whole = sum(tile.rows for tile in tiles(matrix.type, matrix.width, matrix.rows) if tile.form)
+    group = max(LARGEST_BYTES // working_row_bytes(matrix.type, matrix.width) // step, 1) * step
+    cut = tiles(matrix.type, matrix.width, matrix.rows)
+    whole = sum(tile.rows for tile in cut if tile.form or not is_packed(matrix.type))
     cuts = [("linear", first, min(group, whole - first)) for first in range(0, whole, group)]
     return [*cuts, ("left_over", whole, matrix.rows - whole)] if whole < matrix.rows else cuts
 
@@ -111,10 +112,10 @@ def _parts(ops: Sequence[Op], inputs: frozenset[int], outputs: frozenset[int]) -
 
 
 def _is_group(op: Op) -> bool:
-    if op.kind != "linear" or not is_packed(op.weights[0].type):
+    if op.kind != "linear":
         return False
     matrix = op.weights[0]
-    return 2 * matrix.rows * packed_row_bytes(matrix.type, matrix.width) > LARGEST_BYTES
+    return 2 * matrix.rows * working_row_bytes(matrix.type, matrix.width) > LARGEST_BYTES
 
 
 def _live_before(ops: Sequence[Op], inputs: frozenset[int], outputs: frozenset[int]) -> list[set[int]]:
@@ -150,4 +151,4 @@ def _offset(weight: Weight, op: Op, i: int) -> int:
         return 0
     if i > 0:
         return weight.first_row * weight.type.block_bytes
-    return weight.first_row * packed_row_bytes(weight.type, weight.width)
+    return weight.first_row * stored_row_bytes(weight.type, weight.width)
