@@ -68,9 +68,10 @@ def _fused(build: _Lowering, op: Op, spec: AttendSpec) -> None:
 
 
 def _fused_bytes(spec: AttendSpec, shape: PassShape) -> int:
-    """Scores of all heads, and queries, keys and values head by head."""
+    """Scores of all heads over the whole cache, the cache as float32, and what comes and goes, head by head."""
     n, seen = shape.n_tokens, shape.groups[spec.group].capacity
-    return spec.n_heads * n * seen * 4 + n * (2 * spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim_k * 4
+    vectors = n * (2 * spec.n_heads + 2 * spec.n_kv_heads) + 2 * spec.n_kv_heads * seen
+    return 4 * (spec.n_heads * n * seen + vectors * spec.head_dim_k)
 
 
 def _half(build: _Lowering, value: int) -> Callable[[PassShape], int]:

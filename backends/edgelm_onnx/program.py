@@ -117,7 +117,7 @@ class OnnxProgram:
         """Bring what depends on the positions of the pass up to date."""
         n = self._shape.n_tokens
         positions = array(bindings.positions, (n,), np.int32)
-        last = int(positions[-1])
+        last = int(positions[0]) + n - 1  # positions of a pass follow each other
         self._counts[:] = last, last + 1
         for table in self._tables.values():
             table.move_to(positions)

@@ -20,6 +20,9 @@ from edgelm.errors import BackendUnavailable
 NAME = "onnx"
 MODULE = "onnxruntime_pybind11_state"
 _ERRORS_ONLY = 3
+ARENA_BYTES = 256 << 20
+"""Address space that runs allocate from; memory is taken where it is first written."""
+_arena = False
 _pool: int | None = None
 """Threads of the pool that all sessions of the process share: ONNX Runtime allows one pool, made once."""
 
@@ -81,6 +84,18 @@ def use_pool(n_threads: int) -> None:
     _pool = n_threads
 
 
+def use_arena() -> None:
+    """Let sessions made from now on share memory for what they allocate while they run, and keep it."""
+    global _arena
+    if _arena:
+        return
+    lib = library()
+    where = lib.OrtMemoryInfo("Cpu", lib.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, lib.OrtMemType.DEFAULT)
+    settings = lib.OrtArenaCfg({"arena_extend_strategy": 1, "initial_chunk_size_bytes": ARENA_BYTES})
+    lib.create_and_register_allocator(where, settings)
+    _arena = True
+
+
 class Graph:
     """A session of one graph. `stands` are constants that are not in the model: they are kept alive, not copied."""
 
@@ -89,7 +104,10 @@ class Graph:
         options = lib.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.graph_optimization_level = lib.GraphOptimizationLevel.ORT_DISABLE_ALL  # graphs come as they shall run
-        options.enable_cpu_mem_arena = False  # an arena keeps the largest pass for ever
+        if _arena:
+            options.add_session_config_entry("session.use_env_allocators", "1")
+        else:
+            options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
         if _pool is None:
             options.intra_op_num_threads = 1

@@ -10,13 +10,14 @@ from edgelm.errors import Cancelled, EdgeLMError, UnsupportedModel
 from edgelm.files.blocks import TYPES
 from edgelm_onnx.pieces import Pieces, cut
 from edgelm_onnx.program import Angles, OnnxProgram, SharedGraph
-from edgelm_onnx.runtime import Binding, Graph, library, use_pool
+from edgelm_onnx.runtime import Binding, Graph, library, use_arena, use_pool
 from edgelm_onnx.scratch import Scratch, graph_bytes, places
 
 
 class OnnxSession:
     def __init__(self, n_threads: int) -> None:
         use_pool(n_threads)
+        use_arena()
         self._options = library().RunOptions()
         self._aborted = False
         self._graphs: dict[Segment, SharedGraph] = {}

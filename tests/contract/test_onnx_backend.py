@@ -9,6 +9,7 @@ import pytest
 from edgelm.engine.backend import Backend
 from edgelm.engine.health import check
 from edgelm.engine.registry import get_backend
+from edgelm.memory.platform.allocator import tune_allocator
 from edgelm.testing.backend_contract import BackendContract
 
 
@@ -24,4 +25,5 @@ class TestOnnxBackend(BackendContract):
     def backend(self) -> Backend:
         if reason := why_not():
             pytest.skip(f"onnx is not available here: {reason}")
+        tune_allocator()  # as opening a model does: what is freed goes back to the system
         return get_backend("onnx")
