@@ -133,18 +133,18 @@ def _zone(n_bytes: int) -> Bytes:
 
 def find_marked(forms: Sequence[Form]) -> list[Kernel]:
     """Return the kernels of the products that `marked` was just made for, in order. Raises `BackendUnavailable`."""
-    found: dict[int, list[Kernel]] = {}
+    found: dict[int, set[Kernel]] = {}
     with Reader() as reader:
-        for region in heaps():
+        for region in _likely(heaps()):
             for kernel, form in _kernels(reader, region, set(forms)):
                 mark = _mark(reader, form, kernel.packed)
                 if mark is not None and mark < len(forms) and forms[mark] == form:
-                    found.setdefault(mark, []).append(kernel)
+                    found.setdefault(mark, set()).add(kernel)
             if len(found) == len(forms):
                 break
     if len(found) != len(forms) or any(len(kernels) != 1 for kernels in found.values()):
         raise BackendUnavailable(NAME, "not every matrix product of a session was found in memory once", _HINT)
-    return [found[mark][0] for mark in range(len(forms))]
+    return [found[mark].pop() for mark in range(len(forms))]
 
 
 def read_packed(form: Form, scales: Floats) -> Bytes:
@@ -154,13 +154,28 @@ def read_packed(form: Form, scales: Floats) -> Bytes:
     """
     wanted = int(scales.view(np.uint32).sum(dtype=np.uint64))
     with Reader() as reader:
-        for kernel, _ in (each for region in heaps() for each in _kernels(reader, region, {form})):
+        for kernel, _ in (each for region in _likely(heaps()) for each in _kernels(reader, region, {form})):
             raw = reader.read(-(-kernel.packed // ALIGNMENT) * ALIGNMENT, kernel.n_bytes - 2 * ALIGNMENT + 2)
             if raw is None:
                 continue
             if int(raw[-scales.nbytes :].view(np.uint32).sum(dtype=np.uint64)) == wanted:
                 return raw
     raise BackendUnavailable(NAME, "the packed bytes of a matrix were not found in memory", _HINT)
+
+
+_last_seen: list[int] = []
+"""Where the last kernel was found: the next one is not far, as a rule."""
+_NEAR = 1 << 20
+
+
+def _likely(regions: Sequence[Region]) -> Iterator[Region]:
+    """Yield the surroundings of the last find before the regions themselves."""
+    for address in _last_seen:
+        for region in regions:
+            if region.start <= address < region.stop:
+                start = max(region.start, (address - _NEAR) // WORD * WORD)
+                yield Region(start, min(region.stop, start + 2 * _NEAR), region.path)
+    yield from regions
 
 
 def _kernels(reader: Reader, region: Region, forms: set[Form]) -> Iterator[tuple[Kernel, Form]]:
@@ -174,6 +189,7 @@ def _kernels(reader: Reader, region: Region, forms: set[Form]) -> Iterator[tuple
             if numbers[:3] != [form.width, form.rows, form.block] or form.bits not in numbers[3:8]:
                 continue
             if form.code_bytes <= n_bytes <= 4 * form.code_bytes + 4096:
+                _last_seen[:] = [address]
                 yield Kernel(address + (layout.back + layout.pointer) * WORD, packed, n_bytes), form
 
 
