@@ -22,12 +22,20 @@ if TYPE_CHECKING:
     from edgelm_onnx.lowering import _Lowering
 
 
-def is_fused(spec: AttendSpec) -> bool:
-    return spec.head_dim_k == spec.head_dim_v
+WIDEST_FUSED = 128
+"""Heads that are wider are summed up in another order while fewer than 65 positions are stored."""
+
+
+def is_fused(spec: AttendSpec, single: bool) -> bool:
+    """Say whether one operator computes this attention. `single`: for passes of one token.
+
+    Wider passes must have the same bits however a prompt is cut, which those of one token are never compared with.
+    """
+    return spec.head_dim_k == spec.head_dim_v and (single or spec.head_dim_k <= WIDEST_FUSED)
 
 
 def lower(build: _Lowering, op: Op, spec: AttendSpec) -> None:
-    if is_fused(spec):
+    if is_fused(spec, build.single):
         _fused(build, op, spec)
     else:
         _written_out(build, op, spec)

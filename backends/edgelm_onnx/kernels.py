@@ -50,13 +50,18 @@ class Form(NamedTuple):
         return self.width // self.block
 
     @property
+    def n_scales(self) -> int:
+        return self.rows * self.n_blocks
+
+    @property
     def code_bytes(self) -> int:
         return self.rows * self.width * self.bits // 8
 
     def node(self, name: str, x: str, y: str) -> proto.Node:
-        """Return the operator; `name` names its constants."""
+        """Return the operator; `name` names its codes."""
         attributes = {"K": self.width, "N": self.rows, "bits": self.bits, "block_size": self.block, "accuracy_level": 4}
-        return proto.Node("MatMulNBits", (x, f"{name}.codes", f"{name}.scales"), (y,), attributes, "com.microsoft")
+        codes, scales = (stand.name for stand in constants(name, self))
+        return proto.Node("MatMulNBits", (x, codes, scales), (y,), attributes, "com.microsoft")
 
 
 class Kernel(NamedTuple):
@@ -99,24 +104,25 @@ def _restore(words: Sequence[ctypes.c_uint64], originals: Sequence[int], graph: 
 
 def marked(forms: Mapping[str, Form]) -> tuple[list[proto.Stand], dict[str, NDArray[np.generic]]]:
     """Return stand-ins for the constants of these products, and what to give the session for them."""
-    stands: list[proto.Stand] = []
+    stands: dict[str, proto.Stand] = {}
     arrays: dict[str, NDArray[np.generic]] = {}
-    zone = _zone(max((form.code_bytes for form in forms.values()), default=0))
+    zone = _zone(max((form.code_bytes + 4 * form.n_scales for form in forms.values()), default=0))
     for mark, (name, form) in enumerate(forms.items()):
+        codes, scales = constants(name, form)
         stop = len(zone) - _MARKS + mark + 1
-        arrays[f"{name}.codes"] = zone[stop - form.code_bytes : stop]
-        arrays[f"{name}.scales"] = np.zeros(form.rows * form.n_blocks, np.float32)
-        stands += constants(name, form)
-    return stands, {stand.name: arrays[stand.name].reshape(stand.shape) for stand in stands}
+        arrays[codes.name] = zone[stop - form.code_bytes : stop].reshape(codes.shape)
+        arrays[scales.name] = zone[: 4 * form.n_scales].view(np.float32)
+        stands |= {codes.name: codes, scales.name: scales}
+    return list(stands.values()), arrays
 
 
-def constants(name: str, form: Form) -> list[proto.Stand]:
-    """Return the codes and the scales of a product, as a model declares them."""
-    shape, n_scales = (form.rows, form.n_blocks, form.block * form.bits // 8), form.rows * form.n_blocks
-    return [
+def constants(name: str, form: Form) -> tuple[proto.Stand, proto.Stand]:
+    """Return the codes and the scales of a product, as a model declares them. Products of a size share their scales."""
+    shape = (form.rows, form.n_blocks, form.block * form.bits // 8)
+    return (
         proto.Stand(f"{name}.codes", proto.UINT8, shape, form.code_bytes),
-        proto.Stand(f"{name}.scales", proto.FLOAT, (n_scales,), 4 * n_scales),
-    ]
+        proto.Stand(f"scales{form.n_scales}", proto.FLOAT, (form.n_scales,), 4 * form.n_scales),
+    )
 
 
 _zones: list[Bytes] = []

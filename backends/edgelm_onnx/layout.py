@@ -110,11 +110,12 @@ def packed_codes(form: Form, codes: Bytes, scales: Floats) -> Bytes:
     """
     if form.bits == 4:
         codes = codes[:, 0::2] | codes[:, 1::2] << 4
-    names = [stand.name for stand in constants("m0", form)]
-    shapes = [stand.shape for stand in constants("m0", form)]
-    arrays = [np.ascontiguousarray(array).reshape(shape) for array, shape in zip((codes, scales), shapes, strict=True)]
-    graph = products([form], dict(zip(names, arrays, strict=True)))
-    packed = read_packed(form, arrays[1])
+    given = {
+        stand.name: np.ascontiguousarray(array).reshape(stand.shape)
+        for stand, array in zip(constants("m0", form), (codes, scales), strict=True)
+    }
+    graph = products([form], given)
+    packed = read_packed(form, scales)
     del graph
     return packed
 

@@ -83,14 +83,20 @@ class Lowered:
         return [Port(slot.name, slot.element, slot.shape) for slot in slots]
 
 
-def lower(segment: Segment) -> Lowered:
-    """Raises `UnsupportedModel` for an operation that this backend lacks."""
-    return _Lowering(segment).run()
+def lower(segment: Segment, single: bool) -> Lowered:
+    """`single`: for passes of one token. Raises `UnsupportedModel` for an operation that this backend lacks."""
+    return _Lowering(segment, single).run()
+
+
+def differs_for_one(segment: Segment) -> bool:
+    """Say whether passes of one token are lowered otherwise than wider ones."""
+    specs = [op.params for op in segment.ops if isinstance(op.params, AttendSpec)]
+    return any(attention.is_fused(spec, True) != attention.is_fused(spec, False) for spec in specs)
 
 
 class _Lowering:
-    def __init__(self, segment: Segment) -> None:
-        self.segment, self.out = segment, Lowered()
+    def __init__(self, segment: Segment, single: bool) -> None:
+        self.segment, self.single, self.out = segment, single, Lowered()
         self.weight = 0
         self.names = {value: f"v{value}" for value in range(len(segment.values))}
 

@@ -20,6 +20,8 @@ Bytes = NDArray[np.uint8]
 WORD = 8
 _PIECE = 1 << 20
 _MOST_WORDS = 128
+SEARCH_BYTES = _PIECE + _PIECE // WORD
+"""Memory that a search takes."""
 _LARGEST_REGION = 64 << 20
 """Larger regions hold weights; objects lie in the heap or in the arenas of threads, which are smaller."""
 

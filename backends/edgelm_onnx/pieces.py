@@ -1,14 +1,16 @@
 """Cut a segment into pieces that repeat: one session of ONNX Runtime computes all the layers of a kind.
 
 A session packs every matrix that it has when it is made, into memory that is thrown away, so sessions are kept small:
-a layer each, or some rows of a large matrix. Rows of a matrix that are not packed, gathered rows and the joining of
+a layer each if that repeats, else a product, or some rows of a large matrix. Rows of a matrix that are not packed, gathered rows and the joining of
 columns are left to NumPy.
 Knows operations and how matrices are packed; no operator of ONNX and no address.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from edgelm.engine.ir import Op, Placed, Segment, Value, Weight, place
@@ -50,12 +52,16 @@ class Pieces(NamedTuple):
 def cut(segment: Segment) -> Pieces:
     values = list(segment.values)
     ops = [new for op in _named(segment) for new in _split(op, values)]
-    outputs = frozenset(segment.outputs)
-    pieces = [
-        _piece(place(part, dict(enumerate(values)), _live_after(ops, part[-1], outputs)))
-        for part in _parts(ops, frozenset(segment.inputs), outputs)
-    ]
-    return Pieces(tuple(pieces), tuple(values))
+    known, outputs = dict(enumerate(values)), frozenset(segment.outputs)
+    needed = [frozenset(live) for live in (*_live_before(ops, outputs)[1:], outputs)]  # after each operation
+
+    def placed(span: range) -> Placed:
+        return place(ops[span.start : span.stop], known, needed[span.stop - 1])
+
+    large = _spans(ops, outputs)
+    counts = Counter(placed(span).segment for span in large)
+    spans = [part for span in large for part in ([span] if counts[placed(span).segment] > 1 else _products(ops, span))]
+    return Pieces(tuple(_piece(placed(span)) for span in spans), tuple(values))
 
 
 def _named(segment: Segment) -> Iterator[Op]:
@@ -96,19 +102,30 @@ def _row_cuts(matrix: Weight) -> list[tuple[str, int, int]]:
     return [*cuts, ("left_over", whole, matrix.rows - whole)] if whole < matrix.rows else cuts
 
 
-def _parts(ops: Sequence[Op], inputs: frozenset[int], outputs: frozenset[int]) -> Iterator[list[Op]]:
-    """Yield the operations of each piece: between two `attend`, cut where only one value lives on."""
+def _spans(ops: Sequence[Op], outputs: frozenset[int]) -> list[range]:
+    """Return pieces as large as a layer: between two `attend`, cut where only one value lives on."""
     edges = {0, len(ops)}
     for i, op in enumerate(ops):
         if op.kind in ON_HOST or _is_group(op):
             edges |= {i, i + 1}
-    alone = [i for i, live in enumerate(_live_before(ops, inputs, outputs)) if len(live) == 1]
+    alone = [i for i, live in enumerate(_live_before(ops, outputs)) if len(live) == 1]
     for i, op in enumerate(ops):
         if op.kind == "attend":
             edges |= {max((at for at in alone if at <= i), default=0)}
-    marks = sorted(edges)
-    for start, stop in zip(marks, marks[1:], strict=False):
-        yield list(ops[start:stop])
+    return _between(edges)
+
+
+def _products(ops: Sequence[Op], span: range) -> list[range]:
+    """Cut a piece that does not come again around each product: those parts do, in this segment or in others."""
+    edges = {span.start, span.stop}
+    for i in span:
+        if ops[i].kind == "linear":
+            edges |= {i, i + 1}
+    return _between(edges)
+
+
+def _between(edges: set[int]) -> list[range]:
+    return [range(start, stop) for start, stop in pairwise(sorted(edges))]
 
 
 def _is_group(op: Op) -> bool:
@@ -118,7 +135,7 @@ def _is_group(op: Op) -> bool:
     return 2 * matrix.rows * working_row_bytes(matrix.type, matrix.width) > LARGEST_BYTES
 
 
-def _live_before(ops: Sequence[Op], inputs: frozenset[int], outputs: frozenset[int]) -> list[set[int]]:
+def _live_before(ops: Sequence[Op], outputs: frozenset[int]) -> list[set[int]]:
     """Return the values that each operation finds, and that it or a later one needs."""
     live = set(outputs)
     before: list[set[int]] = []
@@ -126,11 +143,6 @@ def _live_before(ops: Sequence[Op], inputs: frozenset[int], outputs: frozenset[i
         live = (live - {op.output}) | set(op.inputs)
         before.append(set(live))
     return before[::-1]
-
-
-def _live_after(ops: Sequence[Op], last: Op, outputs: frozenset[int]) -> frozenset[int]:
-    later = ops[ops.index(last) + 1 :]
-    return outputs | {value for op in later for value in op.inputs}
 
 
 def _piece(placed: Placed) -> Piece:

@@ -27,8 +27,6 @@ from edgelm_onnx.scratch import lowered_once, places
 if TYPE_CHECKING:
     from edgelm_onnx.session import OnnxSession
 
-MAX_KNOWN = 64
-"""Sets of addresses that a program remembers: a streamed one is run for many layers in turn."""
 _ELEMENTS: dict[int, Any] = {
     proto.FLOAT: np.float32,
     proto.FLOAT16: np.float16,
@@ -59,8 +57,8 @@ class Angles:
 class SharedGraph:
     """The graph of a piece. Its packed stand-ins are given back at once."""
 
-    def __init__(self, segment: Segment) -> None:
-        self.lowered = low = lowered_once(segment)
+    def __init__(self, segment: Segment, single: bool) -> None:
+        self.lowered = low = lowered_once(segment, single)
         forms = {name: product.form for name, product in low.products.items()}
         stands, arrays = marked(forms)
         model = proto.model(low.nodes, low.ports(low.inputs), low.ports(low.outputs), low.constants, stands)
@@ -69,14 +67,12 @@ class SharedGraph:
 
 
 class _Step(NamedTuple):
-    """A piece that is bound: to a graph, or to addresses for NumPy."""
+    """A piece, and what runs it: a graph with its binding, or NumPy."""
 
     piece: Piece
     graph: SharedGraph | None
     binding: Binding | None
     host: HostStep | None
-    inputs: tuple[int, ...]
-    output: int
 
 
 class OnnxProgram:
@@ -85,31 +81,31 @@ class OnnxProgram:
     def __init__(self, session: OnnxSession, pieces: Pieces, segment: Segment, shape: PassShape) -> None:
         self._session, self._pieces, self._segment, self._shape = session, pieces, segment, shape
         self._places = places(pieces, segment, shape)
-        self._graphs = [None if piece.on_host else session.graph(piece.segment) for piece in pieces.pieces]
-        self._hosts = [host_step(piece.segment, shape) if piece.on_host else None for piece in pieces.pieces]
+        self._steps = [self._step(piece) for piece in pieces.pieces]
         self._bound: Bindings | None = None
-        self._steps: list[_Step] = []
+        self._key: tuple[object, ...] = (None,)
+        self._host_values: list[tuple[tuple[int, ...], int]] = []
         self._weights: list[tuple[int, ...]] = []
-        self._known: dict[tuple[object, ...], list[_Step]] = {}
         self._tables: dict[int, Angles] = {}
         self._counts = np.zeros(2, np.int32)
         self._lengths = np.array([group.length for group in shape.groups], np.int64)
         self._cells: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._moving = self._moving_weights()
-        specs = [spec for graph in self._graphs if graph for spec in graph.lowered.attends]
-        self._fused_groups = {spec.group for spec in specs if is_fused(spec)}
+        specs = [spec for step in self._steps if step.graph for spec in step.graph.lowered.attends]
+        self._fused_groups = {spec.group for spec in specs if is_fused(spec, shape.n_tokens == 1)}
 
     def run(self, bindings: Bindings) -> None:
         session = self._session
-        if bindings is not self._bound:
-            self._bind(bindings)
+        scratch = session.scratch(self._places.n_bytes)
+        if bindings is not self._bound or scratch != self._key[0]:
+            self._bind(bindings, scratch)
         self._prepare(bindings)
-        for step, weights in zip(self._steps, self._weights, strict=True):
-            if step.graph is None:
+        for step, weights, (inputs, output) in zip(self._steps, self._weights, self._host_values, strict=True):
+            if step.host is not None:
                 session.check()
-                assert step.host is not None
-                step.host(weights, step.inputs, step.output)
+                step.host(weights, inputs, output)
             else:
+                assert step.graph is not None
                 step.graph.pointers.set(weights)
                 session.run(step.graph.graph, step.binding)
 
@@ -130,29 +126,37 @@ class OnnxProgram:
 
     # --- binding
 
+    def _step(self, piece: Piece) -> _Step:
+        if piece.on_host:
+            return _Step(piece, None, None, host_step(piece.segment, self._shape))
+        graph = self._session.graph(piece.segment, self._shape.n_tokens == 1)
+        return _Step(piece, graph, graph.graph.binding(), None)
+
     def _moving_weights(self) -> frozenset[int]:
         """Return the weights of the segment that need no new binding when they lie elsewhere."""
         moving: set[int] = set()
-        for piece, graph in zip(self._pieces.pieces, self._graphs, strict=True):
-            of_piece = range(len(piece.weights)) if graph is None else (
-                product.weight for product in graph.lowered.products.values()
-            )
-            moving.update(piece.weights[i].index for i in of_piece)
+        for step in self._steps:
+            refs = step.piece.weights
+            if step.graph is None:
+                moving.update(ref.index for ref in refs)
+            else:
+                moving.update(refs[product.weight].index for product in step.graph.lowered.products.values())
         return frozenset(moving)
 
-    def _bind(self, bindings: Bindings) -> None:
-        scratch = self._session.scratch(self._places.n_bytes)
+    def _bind(self, bindings: Bindings, scratch: int) -> None:
+        """Take over new addresses. A program that runs for many layers in turn is bound anew each time."""
         fixed = tuple(at for i, at in enumerate(bindings.weights) if i not in self._moving)
-        key = (scratch, fixed, bindings.inputs, bindings.outputs, bindings.keys, bindings.values, bindings.masks,
-               bindings.out_rows)
-        steps = self._known.get(key)
-        if steps is None:
-            if len(self._known) >= MAX_KNOWN:
-                self._known.clear()
-                self._tables.clear()
-            steps = self._known[key] = [*self._bound_steps(bindings, scratch)]
-        self._steps, self._bound = steps, bindings
-        self._weights = [self._addresses(step, bindings) for step in steps]
+        key = (
+            scratch, fixed, bindings.inputs, bindings.outputs, bindings.keys, bindings.values, bindings.masks,
+            bindings.out_rows,
+        )  # fmt: skip
+        if key != self._key:
+            self._key = (None,)  # half of the steps may be bound if one of them fails
+            self._tables.clear()
+            self._host_values = [*self._bind_values(bindings, scratch)]
+            self._key = key
+        self._bound = bindings
+        self._weights = [self._addresses(step, bindings) for step in self._steps]
 
     def _addresses(self, step: _Step, bindings: Bindings) -> tuple[int, ...]:
         """Return where the weights of a step lie that are not part of its binding."""
@@ -164,25 +168,24 @@ class OnnxProgram:
             for product in step.graph.lowered.products.values()
         )
 
-    def _bound_steps(self, bindings: Bindings, scratch: int) -> Iterator[_Step]:
+    def _bind_values(self, bindings: Bindings, scratch: int) -> Iterator[tuple[tuple[int, ...], int]]:
+        """Bind every graph; yield for every step what NumPy needs: the addresses of its inputs, and of its output."""
         segment = self._segment
         at = {value: scratch + offset for value, offset in self._places.offsets.items()}
         at |= dict(zip(segment.inputs, bindings.inputs, strict=True))
         at |= dict(zip(segment.outputs, bindings.outputs, strict=True))
-        for piece, graph, host in zip(self._pieces.pieces, self._graphs, self._hosts, strict=True):
+        for piece, graph, binding, _ in self._steps:
             inputs = tuple(at[value] for value in piece.inputs)
             outputs = tuple(at[value] for value in piece.outputs)
-            if graph is None:
-                yield _Step(piece, None, None, host, inputs, outputs[0])
+            yield inputs, outputs[0]
+            if graph is None or binding is None:
                 continue
             values = dict(zip((*piece.segment.inputs, *piece.segment.outputs), (*inputs, *outputs), strict=True))
-            binding = graph.graph.binding()
             find = _Finder(self, bindings, piece, graph, values)
             for slot in graph.lowered.inputs:
                 binding.input(slot.name, _ELEMENTS[slot.element], find.shape(slot), find.address(slot))
             for slot in graph.lowered.outputs:
                 binding.output(slot.name, _ELEMENTS[slot.element], find.shape(slot), find.address(slot))
-            yield _Step(piece, graph, binding, None, (), 0)
 
     def table(self, spec: RopeSpec, factors: int | None) -> Angles:
         table = self._session.angles(spec, factors, self._shape.n_tokens)

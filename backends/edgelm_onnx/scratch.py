@@ -10,9 +10,10 @@ import numpy as np
 
 from edgelm.engine.backend import PassShape
 from edgelm.engine.ir import Segment
-from edgelm_onnx.kernels import ALIGNMENT, Bytes
+from edgelm_onnx.kernels import ALIGNMENT, Bytes, Form
 from edgelm_onnx.layout import floats_bytes
 from edgelm_onnx.lowering import Lowered, lower
+from edgelm_onnx.memory import SEARCH_BYTES
 from edgelm_onnx.pieces import Piece, Pieces
 
 BLOCK_BYTES = 128
@@ -58,7 +59,7 @@ def graph_bytes(piece: Piece, shape: PassShape) -> int:
         return 8 * op.weights[0].rows * op.weights[0].width
     if piece.on_host:
         return 12 * piece.segment.values[op.output].width * (_ROWS_AT_ONCE if op.kind == "embed" else 0)
-    lowered = lowered_once(piece.segment)
+    lowered = lowered_once(piece.segment, shape.n_tokens == 1)
     return max(_running_bytes(lowered, shape), _making_bytes(lowered))
 
 
@@ -66,8 +67,8 @@ _ROWS_AT_ONCE = 64
 
 
 @lru_cache(maxsize=64)
-def lowered_once(segment: Segment) -> Lowered:
-    return lower(segment)
+def lowered_once(segment: Segment, single: bool) -> Lowered:
+    return lower(segment, single)
 
 
 def _running_bytes(lowered: Lowered, shape: PassShape) -> int:
@@ -84,12 +85,20 @@ def _running_bytes(lowered: Lowered, shape: PassShape) -> int:
 
 
 def _making_bytes(lowered: Lowered) -> int:
-    """Return what packing the stand-ins of all products takes, before it is given back."""
+    """Return what packing the stand-ins of all products takes, before it is given back.
+
+    ONNX Runtime copies the codes before it packs them; then packed bytes are copied to be recognized.
+    """
     forms = [product.form for product in lowered.products.values()]
-    return sum(
-        form.code_bytes + form.rows * form.n_blocks * (floats_bytes(form.bits, form.block) + 4) + BLOCK_BYTES
-        for form in forms
-    )
+    if not forms:
+        return 0
+    codes, floats = (sum(sizes) for sizes in zip(*((f.code_bytes, _floats(f)) for f in forms), strict=True))
+    searching = 2 * max(form.code_bytes for form in forms) + SEARCH_BYTES
+    return codes + floats + sum({4 * form.n_scales for form in forms}) + max(codes, searching)
+
+
+def _floats(form: Form) -> int:
+    return form.n_scales * floats_bytes(form.bits, form.block)
 
 
 class Scratch:

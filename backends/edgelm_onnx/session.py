@@ -8,6 +8,7 @@ from edgelm.engine.backend import PassShape
 from edgelm.engine.ir import RopeSpec, Segment
 from edgelm.errors import Cancelled, EdgeLMError, UnsupportedModel
 from edgelm.files.blocks import TYPES
+from edgelm_onnx.lowering import differs_for_one
 from edgelm_onnx.pieces import Pieces, cut
 from edgelm_onnx.program import Angles, OnnxProgram, SharedGraph
 from edgelm_onnx.runtime import Binding, Graph, library, use_arena, use_pool
@@ -20,7 +21,7 @@ class OnnxSession:
         use_arena()
         self._options = library().RunOptions()
         self._aborted = False
-        self._graphs: dict[Segment, SharedGraph] = {}
+        self._graphs: dict[tuple[Segment, bool], SharedGraph] = {}
         self._scratch = Scratch()
         self._tables: WeakValueDictionary[object, Angles] = WeakValueDictionary()
 
@@ -49,11 +50,12 @@ class OnnxSession:
 
     # --- for programs
 
-    def graph(self, segment: Segment) -> SharedGraph:
-        """Return the graph of a piece; equal pieces share one."""
-        graph = self._graphs.get(segment)
+    def graph(self, segment: Segment, single: bool) -> SharedGraph:
+        """Return the graph of a piece, for passes of one token or for others; equal pieces share one."""
+        key = segment, single and differs_for_one(segment)
+        graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[segment] = SharedGraph(segment)
+            graph = self._graphs[key] = SharedGraph(*key)
         return graph
 
     def run(self, graph: Graph, binding: Binding | None) -> None:
