@@ -29,13 +29,17 @@ class Ref(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Operations that run together. `weights` and `layers` say which of the segment's they are, `inputs` too."""
+    """Operations that run together. `weights` and `layers` say which of the segment's they are, `inputs` too.
+
+    `repeats`: equal pieces make up most of the segment.
+    """
 
     segment: Segment
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     weights: tuple[Ref, ...]
     layers: tuple[int, ...]
+    repeats: bool
 
     @property
     def on_host(self) -> bool:
@@ -58,10 +62,15 @@ def cut(segment: Segment) -> Pieces:
     def placed(span: range) -> Placed:
         return place(ops[span.start : span.stop], known, needed[span.stop - 1])
 
-    large = _spans(ops, outputs)
-    counts = Counter(placed(span).segment for span in large)
-    spans = [part for span in large for part in ([span] if counts[placed(span).segment] > 1 else _products(ops, span))]
-    return Pieces(tuple(_piece(placed(span)) for span in spans), tuple(values))
+    large = [(span, placed(span)) for span in _spans(ops, outputs)]
+    counts = Counter(part.segment for _, part in large)
+    pieces: list[Piece] = []
+    for span, part in large:
+        if counts[part.segment] > 1:
+            pieces.append(_piece(part, repeats=True))
+        else:
+            pieces += (_piece(placed(product), repeats=False) for product in _products(ops, span))
+    return Pieces(tuple(pieces), tuple(values))
 
 
 def _named(segment: Segment) -> Iterator[Op]:
@@ -145,9 +154,9 @@ def _live_before(ops: Sequence[Op], outputs: frozenset[int]) -> list[set[int]]:
     return before[::-1]
 
 
-def _piece(placed: Placed) -> Piece:
+def _piece(placed: Placed, repeats: bool) -> Piece:
     refs = [Ref(int(weight.tensor), _offset(weight, op, i)) for op, i, weight in _weights(placed)]
-    return Piece(placed.segment, placed.inputs, placed.outputs, tuple(refs), placed.layers)
+    return Piece(placed.segment, placed.inputs, placed.outputs, tuple(refs), placed.layers, repeats)
 
 
 def _weights(placed: Placed) -> Iterator[tuple[Op, int, Weight]]:

@@ -64,15 +64,25 @@ class SharedGraph:
         model = proto.model(low.nodes, low.ports(low.inputs), low.ports(low.outputs), low.constants, stands)
         self.graph = Graph(model, arrays)
         self.pointers = Pointers(self.graph, find_marked(list(forms.values())) if forms else [])
+        self.binding = self.graph.binding()
+        """For all who bind it anew before each run: a binding takes 10 KB."""
 
 
 class _Step(NamedTuple):
-    """A piece, and what runs it: a graph with its binding, or NumPy."""
+    """A piece, and what runs it: a graph, or NumPy. Pieces that repeat keep a binding of their own."""
 
     piece: Piece
     graph: SharedGraph | None
     binding: Binding | None
     host: HostStep | None
+
+
+class _Bound(NamedTuple):
+    """The addresses of a step: inputs and output for NumPy, or what the shared binding of a graph is to be given."""
+
+    inputs: tuple[int, ...]
+    output: int
+    slots: tuple[tuple[bool, str, Any, tuple[int, ...], int], ...]
 
 
 class OnnxProgram:
@@ -84,7 +94,7 @@ class OnnxProgram:
         self._steps = [self._step(piece) for piece in pieces.pieces]
         self._bound: Bindings | None = None
         self._key: tuple[object, ...] = (None,)
-        self._host_values: list[tuple[tuple[int, ...], int]] = []
+        self._values: list[_Bound] = []
         self._weights: list[tuple[int, ...]] = []
         self._tables: dict[int, Angles] = {}
         self._counts = np.zeros(2, np.int32)
@@ -100,14 +110,18 @@ class OnnxProgram:
         if bindings is not self._bound or scratch != self._key[0]:
             self._bind(bindings, scratch)
         self._prepare(bindings)
-        for step, weights, (inputs, output) in zip(self._steps, self._weights, self._host_values, strict=True):
+        for step, weights, bound in zip(self._steps, self._weights, self._values, strict=True):
             if step.host is not None:
                 session.check()
-                step.host(weights, inputs, output)
-            else:
-                assert step.graph is not None
-                step.graph.pointers.set(weights)
-                session.run(step.graph.graph, step.binding)
+                step.host(weights, bound.inputs, bound.output)
+                continue
+            assert step.graph is not None
+            step.graph.pointers.set(weights)
+            binding = step.binding
+            if binding is None:
+                binding = step.graph.binding
+                binding.take(bound.slots)
+            session.run(step.graph.graph, binding)
 
     def _prepare(self, bindings: Bindings) -> None:
         """Bring what depends on the positions of the pass up to date."""
@@ -130,7 +144,7 @@ class OnnxProgram:
         if piece.on_host:
             return _Step(piece, None, None, host_step(piece.segment, self._shape))
         graph = self._session.graph(piece.segment, self._shape.n_tokens == 1)
-        return _Step(piece, graph, graph.graph.binding(), None)
+        return _Step(piece, graph, graph.graph.binding() if piece.repeats else None, None)
 
     def _moving_weights(self) -> frozenset[int]:
         """Return the weights of the segment that need no new binding when they lie elsewhere."""
@@ -153,7 +167,7 @@ class OnnxProgram:
         if key != self._key:
             self._key = (None,)  # half of the steps may be bound if one of them fails
             self._tables.clear()
-            self._host_values = [*self._bind_values(bindings, scratch)]
+            self._values = [*self._bind_values(bindings, scratch)]
             self._key = key
         self._bound = bindings
         self._weights = [self._addresses(step, bindings) for step in self._steps]
@@ -168,8 +182,8 @@ class OnnxProgram:
             for product in step.graph.lowered.products.values()
         )
 
-    def _bind_values(self, bindings: Bindings, scratch: int) -> Iterator[tuple[tuple[int, ...], int]]:
-        """Bind every graph; yield for every step what NumPy needs: the addresses of its inputs, and of its output."""
+    def _bind_values(self, bindings: Bindings, scratch: int) -> Iterator[_Bound]:
+        """Find the addresses of every step."""
         segment = self._segment
         at = {value: scratch + offset for value, offset in self._places.offsets.items()}
         at |= dict(zip(segment.inputs, bindings.inputs, strict=True))
@@ -177,15 +191,22 @@ class OnnxProgram:
         for piece, graph, binding, _ in self._steps:
             inputs = tuple(at[value] for value in piece.inputs)
             outputs = tuple(at[value] for value in piece.outputs)
-            yield inputs, outputs[0]
-            if graph is None or binding is None:
+            if graph is None:
+                yield _Bound(inputs, outputs[0], ())
                 continue
             values = dict(zip((*piece.segment.inputs, *piece.segment.outputs), (*inputs, *outputs), strict=True))
             find = _Finder(self, bindings, piece, graph, values)
-            for slot in graph.lowered.inputs:
-                binding.input(slot.name, _ELEMENTS[slot.element], find.shape(slot), find.address(slot))
-            for slot in graph.lowered.outputs:
-                binding.output(slot.name, _ELEMENTS[slot.element], find.shape(slot), find.address(slot))
+            low = graph.lowered
+            slots = tuple(
+                (slots is low.inputs, slot.name, _ELEMENTS[slot.element], find.shape(slot), find.address(slot))
+                for slots in (low.inputs, low.outputs)
+                for slot in slots
+            )
+            if binding is None:
+                yield _Bound((), 0, slots)
+            else:
+                binding.take(slots)
+                yield _Bound((), 0, ())
 
     def table(self, spec: RopeSpec, factors: int | None) -> Angles:
         table = self._session.angles(spec, factors, self._shape.n_tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from edgelm.errors import BackendUnavailable
 NAME = "onnx"
 MODULE = "onnxruntime_pybind11_state"
 _ERRORS_ONLY = 3
-ARENA_BYTES = 256 << 20
-"""Address space that runs allocate from; memory is taken where it is first written."""
+ARENA_BYTES = 32 << 20
+"""Address space that runs allocate from; memory is taken where it is first written. It grows by doubling."""
+ARENA_SHARE = 32
+"""One part in so many of it is the arena's own table, which is written at once."""
 _arena = False
 _pool: int | None = None
 """Threads of the pool that all sessions of the process share: ONNX Runtime allows one pool, made once."""
@@ -91,7 +93,7 @@ def use_arena() -> None:
         return
     lib = library()
     where = lib.OrtMemoryInfo("Cpu", lib.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, lib.OrtMemType.DEFAULT)
-    settings = lib.OrtArenaCfg({"arena_extend_strategy": 1, "initial_chunk_size_bytes": ARENA_BYTES})
+    settings = lib.OrtArenaCfg({"arena_extend_strategy": 0, "initial_chunk_size_bytes": ARENA_BYTES})
     lib.create_and_register_allocator(where, settings)
     _arena = True
 
@@ -106,6 +108,7 @@ class Graph:
         options.graph_optimization_level = lib.GraphOptimizationLevel.ORT_DISABLE_ALL  # graphs come as they shall run
         if _arena:
             options.add_session_config_entry("session.use_env_allocators", "1")
+            options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         else:
             options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
@@ -146,8 +149,8 @@ class Binding:
     def __init__(self, binding: Any, device: Any) -> None:
         self.raw, self._device = binding, device
 
-    def input(self, name: str, element: type[np.generic], shape: Sequence[int], address: int) -> None:
-        self.raw.bind_input(name, self._device, element, shape, address)
-
-    def output(self, name: str, element: type[np.generic], shape: Sequence[int], address: int) -> None:
-        self.raw.bind_output(name, self._device, element, shape, address)
+    def take(self, slots: Iterable[tuple[bool, str, Any, tuple[int, ...], int]]) -> None:
+        """Bind inputs (True) and outputs: by name, element type, shape and address."""
+        raw, device = self.raw, self._device
+        for is_input, name, element, shape, address in slots:
+            (raw.bind_input if is_input else raw.bind_output)(name, device, element, shape, address)

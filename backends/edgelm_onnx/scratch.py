@@ -15,7 +15,10 @@ from edgelm_onnx.layout import floats_bytes
 from edgelm_onnx.lowering import Lowered, lower
 from edgelm_onnx.memory import SEARCH_BYTES
 from edgelm_onnx.pieces import Piece, Pieces
+from edgelm_onnx.runtime import ARENA_BYTES, ARENA_SHARE
 
+FRAGMENTED = 8
+"""One part in so many of what a run allocates is lost between blocks."""
 BLOCK_BYTES = 128
 """What an allocation takes beside its bytes."""
 
@@ -60,7 +63,9 @@ def graph_bytes(piece: Piece, shape: PassShape) -> int:
     if piece.on_host:
         return 12 * piece.segment.values[op.output].width * (_ROWS_AT_ONCE if op.kind == "embed" else 0)
     lowered = lowered_once(piece.segment, shape.n_tokens == 1)
-    return max(_running_bytes(lowered, shape), _making_bytes(lowered))
+    running = _running_bytes(lowered, shape)
+    running += running // FRAGMENTED + max(ARENA_BYTES, 2 * running) // ARENA_SHARE
+    return max(running, _making_bytes(lowered))
 
 
 _ROWS_AT_ONCE = 64
