@@ -70,6 +70,8 @@ def _concat(segment: Segment, shape: PassShape) -> HostStep:
     widths = [segment.values[value].width for value in op.inputs]
 
     def run(weights: Addresses, inputs: Addresses, output: int) -> None:
+        if inputs[0] == output:
+            return  # a single row, computed in its place
         parts = [array(address, (n, width), np.float32) for address, width in zip(inputs, widths, strict=True)]
         np.concatenate(parts, axis=1, out=array(output, (n, sum(widths)), np.float32))
 

@@ -26,7 +26,7 @@ from edgelm_onnx.runtime import version
 VERSION = 1
 ROW_GROUP = 16
 """Rows whose floats lie together in the packed bytes."""
-TILE_BYTES = 1 << 20
+TILE_BYTES = 2 << 20
 _TILE_STEP = 32
 
 _LEAST = {

@@ -6,7 +6,8 @@ bound by address, once for each set of addresses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -110,18 +111,19 @@ class OnnxProgram:
         if bindings is not self._bound or scratch != self._key[0]:
             self._bind(bindings, scratch)
         self._prepare(bindings)
-        for step, weights, bound in zip(self._steps, self._weights, self._values, strict=True):
-            if step.host is not None:
-                session.check()
-                step.host(weights, bound.inputs, bound.output)
-                continue
-            assert step.graph is not None
-            step.graph.pointers.set(weights)
-            binding = step.binding
-            if binding is None:
-                binding = step.graph.binding
-                binding.take(bound.slots)
-            session.run(step.graph.graph, binding)
+        with session.running() as run:
+            for step, weights, bound in zip(self._steps, self._weights, self._values, strict=True):
+                if step.host is not None:
+                    session.check()
+                    step.host(weights, bound.inputs, bound.output)
+                    continue
+                graph, binding = step.graph, step.binding
+                assert graph is not None
+                graph.pointers.set(weights)
+                if binding is None:
+                    binding = graph.binding
+                    binding.take(bound.slots)
+                run(graph.graph, binding)
 
     def _prepare(self, bindings: Bindings) -> None:
         """Bring what depends on the positions of the pass up to date."""
@@ -188,6 +190,7 @@ class OnnxProgram:
         at = {value: scratch + offset for value, offset in self._places.offsets.items()}
         at |= dict(zip(segment.inputs, bindings.inputs, strict=True))
         at |= dict(zip(segment.outputs, bindings.outputs, strict=True))
+        at |= self._in_place(at)
         for piece, graph, binding, _ in self._steps:
             inputs = tuple(at[value] for value in piece.inputs)
             outputs = tuple(at[value] for value in piece.outputs)
@@ -207,6 +210,18 @@ class OnnxProgram:
             else:
                 binding.take(slots)
                 yield _Bound((), 0, ())
+
+    def _in_place(self, at: Mapping[int, int]) -> dict[int, int]:
+        """Return where parts of a cut product go that make up a single row: right into it."""
+        placed: dict[int, int] = {}
+        for piece in self._pieces.pieces:
+            op, values = piece.segment.ops[0], self._pieces.values
+            made = values[piece.outputs[0]]
+            ours = all(value >= len(self._segment.values) for value in piece.inputs)
+            if op.kind == "concat" and ours and self._shape.rows(made.per) == 1:
+                starts = accumulate((4 * values[value].width for value in piece.inputs), initial=at[piece.outputs[0]])
+                placed |= dict(zip(piece.inputs, starts, strict=False))
+        return placed
 
     def table(self, spec: RopeSpec, factors: int | None) -> Angles:
         table = self._session.angles(spec, factors, self._shape.n_tokens)

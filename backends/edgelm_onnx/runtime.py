@@ -124,11 +124,11 @@ class Graph:
             options.add_external_initializers(list(stands), self._values)
         self.session = lib.InferenceSession(options, model, False, False)
         self.session.initialize_session(["CPUExecutionProvider"], [{}], set())
-        self._lib, self._default = lib, lib.RunOptions()
+        self._lib = lib
 
-    def run(self, binding: Binding, options: Any = None) -> None:
-        """Compute. `options`: a `RunOptions` of the library, whose `terminate` breaks the run off."""
-        self.session.run_with_iobinding(binding.raw, options or self._default)
+    def run(self, binding: Binding) -> None:
+        """Compute. Programs call `session` themselves, to be able to break a run off."""
+        self.session.run_with_iobinding(binding.raw, self._lib.RunOptions())
 
     def binding(self) -> Binding:
         return Binding(self._lib.SessionIOBinding(self.session), self._device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
 from edgelm.engine.backend import PassShape
@@ -58,11 +60,13 @@ class OnnxSession:
             graph = self._graphs[key] = SharedGraph(*key)
         return graph
 
-    def run(self, graph: Graph, binding: Binding | None) -> None:
+    @contextmanager
+    def running(self) -> Iterator[Callable[[Graph, Binding], None]]:
+        """Give a function that runs a graph; a run that is broken off raises `Cancelled` here."""
+        options = self._options
         self.check()
-        assert binding is not None
         try:
-            graph.run(binding, self._options)
+            yield lambda graph, binding: graph.session.run_with_iobinding(binding.raw, options)
         except RuntimeError as exc:
             self.check()
             raise EdgeLMError(f"ONNX Runtime failed in a pass ({exc}); report the model and this message") from exc
