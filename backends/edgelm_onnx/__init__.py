@@ -36,16 +36,15 @@ class OnnxBackend:
 
     def identity(self) -> str:
         """Return what changes with the installed library; see `edgelm.engine.health.identity`."""
-        from edgelm.engine.health import file_facts
-        from edgelm_onnx.runtime import folder
+        from edgelm_onnx.runtime import installed
 
-        home = folder()
-        return file_facts(home) if home else "not installed"
+        return installed()
 
     def capabilities(self) -> Capabilities:
         from edgelm.files.blocks import TYPES
 
-        return Capabilities(TYPES, cache=CacheLayout(item="f16", values="place_dim", rings=False))
+        cache = CacheLayout(item="f16", values="place_dim", rings=False)
+        return Capabilities(TYPES, cache=cache, activations="int8")
 
     def layout(self) -> WeightLayout:
         from edgelm_onnx.layout import OnnxLayout

@@ -45,7 +45,7 @@ def _fused(build: _Lowering, op: Op, spec: AttendSpec) -> None:
     from edgelm_onnx.lowering import Slot, Source
 
     layer, y = spec.layer, build.names[op.output]
-    halves = []
+    halves: list[str] = []
     for value in op.inputs:
         name = f"{y}.{len(halves)}.f16"
         if value not in op.inputs[: len(halves)]:
@@ -60,7 +60,10 @@ def _fused(build: _Lowering, op: Op, spec: AttendSpec) -> None:
     last = build.input(Slot("last", Source("last"), INT32, (1,)))
     total = build.input(Slot("total", Source("total"), INT32, (1,)))
     attributes: dict[str, proto.Attribute] = {
-        "num_heads": spec.n_heads, "kv_num_heads": spec.n_kv_heads, "scale": spec.scale, "do_rotary": 0,
+        "num_heads": spec.n_heads,
+        "kv_num_heads": spec.n_kv_heads,
+        "scale": spec.scale,
+        "do_rotary": 0,
     }
     if spec.window:
         attributes["local_window_size"] = spec.window

@@ -31,7 +31,7 @@ def host_step(segment: Segment, shape: PassShape) -> HostStep:
 def array(address: int, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
     """View memory as an array."""
     n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * n_bytes).from_address(address), dtype).reshape(shape)
+    return np.ndarray(shape, dtype, memoryview((ctypes.c_char * n_bytes).from_address(address)))
 
 
 def _embed(segment: Segment, shape: PassShape) -> HostStep:

@@ -20,7 +20,8 @@ from edgelm.engine.backend import Packed
 from edgelm.files.blocks import QUANTIZED, TYPES, take_apart
 from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.model import TensorInfo
-from edgelm_onnx.kernels import Bytes, Floats, Form, constants, products, read_packed
+from edgelm_onnx.kernels import Floats, Form, constants, products, read_packed
+from edgelm_onnx.memory import Bytes
 from edgelm_onnx.runtime import version
 
 VERSION = 1
@@ -60,7 +61,8 @@ class Tile(NamedTuple):
 
 
 def form_of(kind: TensorType, width: int, rows: int) -> Form:
-    return Form(rows, width, 4 if kind in _FOUR_BITS else 8, 16 if kind in _BLOCKS_OF_16 else 32)
+    small = kind in _FOUR_BITS if kind.affine is None else kind.affine.bits <= 4
+    return Form(rows, width, 4 if small else 8, 16 if kind in _BLOCKS_OF_16 else 32)
 
 
 def is_packed(kind: TensorType) -> bool:
@@ -109,7 +111,7 @@ def packed_codes(form: Form, codes: Bytes, scales: Floats) -> Bytes:
     Raises `BackendUnavailable` if they are not found.
     """
     if form.bits == 4:
-        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+        codes = codes[:, 0::2] | codes[:, 1::2] << np.uint8(4)
     given = {
         stand.name: np.ascontiguousarray(array).reshape(stand.shape)
         for stand, array in zip(constants("m0", form), (codes, scales), strict=True)

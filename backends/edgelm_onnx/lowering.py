@@ -27,9 +27,9 @@ ELEMENTS = {TensorType.F32: FLOAT, TensorType.F16: FLOAT16, TensorType.BF16: BFL
 
 
 class Source(NamedTuple):
-    """What an input or output stands for. `kind` and `index` name a binding, `offset` is in bytes.
+    """What an input or output stands for. `kind` and `number` name a binding, `offset` is in bytes.
 
-    | kind     | index                | what                                                     |
+    | kind     | number               | what                                                     |
     |----------|----------------------|----------------------------------------------------------|
     | value    | value of the piece   | a matrix of the pass                                     |
     | weight   | weight of the piece  | a vector, or rows of a matrix as they are in the file    |
@@ -41,7 +41,7 @@ class Source(NamedTuple):
     """
 
     kind: str
-    index: int = 0
+    number: int = 0
     offset: int = 0
 
 
@@ -122,7 +122,12 @@ class _Lowering:
         return Slot(self.names[value], Source("value", value), FLOAT, (1, rows, described.width))
 
     def node(
-        self, op: str, inputs: tuple[str, ...], output: str, bytes_of: Callable[[PassShape], int], domain: str = "",
+        self,
+        op: str,
+        inputs: tuple[str, ...],
+        output: str,
+        bytes_of: Callable[[PassShape], int],
+        domain: str = "",
         **attributes: Attribute,
     ) -> str:
         """Add an operator with one output, and say how much memory that takes."""
@@ -287,8 +292,13 @@ class _Lowering:
         )
         # position 0 and those after it: the table has the rows of this pass only
         self.emit(
-            op, "RotaryEmbedding", (*self._inputs(op), self.shape(0), cos, sin), "com.microsoft",
-            num_heads=spec.n_heads, rotary_embedding_dim=spec.n_dims, interleaved=int(not spec.neox),
+            op,
+            "RotaryEmbedding",
+            (*self._inputs(op), self.shape(0), cos, sin),
+            "com.microsoft",
+            num_heads=spec.n_heads,
+            rotary_embedding_dim=spec.n_dims,
+            interleaved=int(not spec.neox),
         )
 
     @staticmethod

@@ -1,8 +1,8 @@
 """Cut a segment into pieces that repeat: one session of ONNX Runtime computes all the layers of a kind.
 
 A session packs every matrix that it has when it is made, into memory that is thrown away, so sessions are kept small:
-a layer each if that repeats, else a product, or some rows of a large matrix. Rows of a matrix that are not packed, gathered rows and the joining of
-columns are left to NumPy.
+a layer each if that repeats, else a product, or some rows of a large matrix. Rows of a matrix that are not packed,
+gathered rows and the joining of columns are left to NumPy.
 Knows operations and how matrices are packed; no operator of ONNX and no address.
 """
 
@@ -22,9 +22,9 @@ ON_HOST = frozenset({"embed", "concat", "left_over"})
 
 
 class Ref(NamedTuple):
-    """A weight of the segment, from the byte `offset` on."""
+    """A weight of the segment by its number, from the byte `offset` on."""
 
-    index: int
+    number: int
     offset: int
 
 

@@ -49,7 +49,8 @@ class Angles:
         now = positions.tobytes()
         if now == self._positions:
             return
-        factors = self._factors and array(self._factors, (self._spec.n_dims // 2,), np.float32)
+        half = (self._spec.n_dims // 2,)
+        factors = None if self._factors is None else array(self._factors, half, np.float32)
         for part, fresh in zip(self.parts, angles(self._spec, positions, factors), strict=True):
             part[...] = fresh
         self._positions = now
@@ -154,9 +155,9 @@ class OnnxProgram:
         for step in self._steps:
             refs = step.piece.weights
             if step.graph is None:
-                moving.update(ref.index for ref in refs)
+                moving.update(ref.number for ref in refs)
             else:
-                moving.update(refs[product.weight].index for product in step.graph.lowered.products.values())
+                moving.update(refs[product.weight].number for product in step.graph.lowered.products.values())
         return frozenset(moving)
 
     def _bind(self, bindings: Bindings, scratch: int) -> None:
@@ -178,9 +179,9 @@ class OnnxProgram:
         """Return where the weights of a step lie that are not part of its binding."""
         refs = step.piece.weights
         if step.graph is None:
-            return tuple(bindings.weights[ref.index] + ref.offset for ref in refs)
+            return tuple(bindings.weights[ref.number] + ref.offset for ref in refs)
         return tuple(
-            bindings.weights[refs[product.weight].index] + refs[product.weight].offset + product.offset
+            bindings.weights[refs[product.weight].number] + refs[product.weight].offset + product.offset
             for product in step.graph.lowered.products.values()
         )
 
@@ -277,32 +278,32 @@ class _Finder:
         return spec.n_kv_heads * (shape.n_tokens if what == "places" else shape.groups[spec.group].capacity)
 
     def _value(self, slot: Slot) -> int:
-        return self._values[slot.source.index]
+        return self._values[slot.source.number]
 
     def _weight(self, slot: Slot) -> int:
-        ref = self._piece.weights[slot.source.index]
-        return self._bindings.weights[ref.index] + ref.offset + slot.source.offset
+        ref = self._piece.weights[slot.source.number]
+        return self._bindings.weights[ref.number] + ref.offset + slot.source.offset
 
     def _cache_keys(self, slot: Slot) -> int:
-        return self._bindings.keys[self._piece.layers[slot.source.index]]
+        return self._bindings.keys[self._piece.layers[slot.source.number]]
 
     def _cache_values(self, slot: Slot) -> int:
-        return self._bindings.values[self._piece.layers[slot.source.index]]
+        return self._bindings.values[self._piece.layers[slot.source.number]]
 
     def _angles(self, slot: Slot) -> int:
-        spec, weight = self._graph.lowered.tables[slot.source.index]
-        factors = None if weight is None else self._bindings.weights[self._piece.weights[weight].index]
+        spec, weight = self._graph.lowered.tables[slot.source.number]
+        factors = None if weight is None else self._bindings.weights[self._piece.weights[weight].number]
         return int(self._program.table(spec, factors).parts[slot.source.offset].ctypes.data)
 
     def _places(self, slot: Slot) -> int:
-        spec = self._by_layer[slot.source.index]
+        spec = self._by_layer[slot.source.number]
         return int(self._program.cells(spec.group, spec.n_kv_heads).ctypes.data)
 
     def _mask(self, slot: Slot) -> int:
-        return self._bindings.masks[slot.source.index]
+        return self._bindings.masks[slot.source.number]
 
     def _length(self, slot: Slot) -> int:
-        return int(self._program.lengths[slot.source.index :].ctypes.data)
+        return int(self._program.lengths[slot.source.number :].ctypes.data)
 
     def _last(self, slot: Slot) -> int:
         return int(self._program.counts.ctypes.data)

@@ -51,9 +51,11 @@ def _product(form: Form, packed: np.ndarray, x: np.ndarray) -> np.ndarray:
     pointers.set([memory.ctypes.data + start])
     y = np.zeros((len(x), form.rows), np.float32)
     binding = graph.binding()
-    binding.take([
-        (True, "m0.x", np.float32, (1, *x.shape), x.ctypes.data),
-        (False, "m0.y", np.float32, (1, *y.shape), y.ctypes.data),
-    ])
+    binding.take(
+        [
+            (True, "m0.x", np.float32, (1, *x.shape), x.ctypes.data),
+            (False, "m0.y", np.float32, (1, *y.shape), y.ctypes.data),
+        ]
+    )
     graph.run(binding)
     return y

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def folder() -> Path | None:
     return Path(next(iter(spec.submodule_search_locations))) / "capi"
 
 
+def installed() -> str:
+    """Return what changes with the installed library; imports nothing."""
+    home = folder()
+    facts = [(path.name, path.stat()) for path in sorted(home.glob(f"{MODULE}*"))] if home else []
+    return f"{home} " + " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in facts)
+
+
 def library() -> Any:
     """Return the extension module. Raises `BackendUnavailable`."""
     loaded = sys.modules.get(f"onnxruntime.capi.{MODULE}")
@@ -48,7 +56,9 @@ def library() -> Any:
     try:
         return _load_alone(home)
     except ImportError as exc:
-        raise BackendUnavailable(NAME, str(exc), "install it again with: pip install --force-reinstall onnxruntime") from exc
+        raise BackendUnavailable(
+            NAME, str(exc), "install it again with: pip install --force-reinstall onnxruntime"
+        ) from exc
 
 
 def _load_alone(home: Path) -> Any:
@@ -79,10 +89,8 @@ def use_pool(n_threads: int) -> None:
     global _pool
     if _pool is not None or n_threads < 2:
         return
-    try:
+    with suppress(RuntimeError):  # another user of ONNX Runtime in this process has made the pool
         library().set_global_thread_pool_sizes(n_threads, 1)
-    except RuntimeError:  # another user of ONNX Runtime in this process has made the pool
-        pass
     _pool = n_threads
 
 

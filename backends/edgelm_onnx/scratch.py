@@ -10,10 +10,10 @@ import numpy as np
 
 from edgelm.engine.backend import PassShape
 from edgelm.engine.ir import Segment
-from edgelm_onnx.kernels import ALIGNMENT, Bytes, Form
+from edgelm_onnx.kernels import ALIGNMENT, Form
 from edgelm_onnx.layout import floats_bytes
 from edgelm_onnx.lowering import Lowered, lower
-from edgelm_onnx.memory import SEARCH_BYTES
+from edgelm_onnx.memory import SEARCH_BYTES, Bytes
 from edgelm_onnx.pieces import Piece, Pieces
 from edgelm_onnx.runtime import ARENA_BYTES, ARENA_SHARE
 
@@ -97,7 +97,7 @@ def _making_bytes(lowered: Lowered) -> int:
     forms = [product.form for product in lowered.products.values()]
     if not forms:
         return 0
-    codes, floats = (sum(sizes) for sizes in zip(*((f.code_bytes, _floats(f)) for f in forms), strict=True))
+    codes, floats = sum(form.code_bytes for form in forms), sum(_floats(form) for form in forms)
     searching = 2 * max(form.code_bytes for form in forms) + SEARCH_BYTES
     return codes + floats + sum({4 * form.n_scales for form in forms}) + max(codes, searching)
 
@@ -116,7 +116,8 @@ class Scratch:
         """Return the address of the block, which moves when it must grow."""
         if len(self._memory) < n_bytes + ALIGNMENT:
             self._memory = np.empty(n_bytes + ALIGNMENT, np.uint8)
-        return int(self._memory.ctypes.data) + -self._memory.ctypes.data % ALIGNMENT
+        address = int(self._memory.ctypes.data)
+        return address + -address % ALIGNMENT
 
     def release(self) -> None:
         self._memory = np.empty(0, np.uint8)

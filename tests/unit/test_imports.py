@@ -21,6 +21,7 @@ SOURCES = {
     "edgelm_numpy": ROOT / "backends/edgelm_numpy",
     "edgelm_llamacpp": ROOT / "backends/edgelm_llamacpp",
     "edgelm_mlx": ROOT / "backends/edgelm_mlx",
+    "edgelm_onnx": ROOT / "backends/edgelm_onnx",
     "edgelm_models": ROOT / "models/edgelm_models",
     "edgelm_apps": ROOT / "apps/edgelm_apps",
 }
@@ -59,6 +60,7 @@ FOLDER_LINES = {  # raised only on purpose
     "edgelm/parity": 1100,
     "backends/edgelm_numpy": 1200,
     "backends/edgelm_llamacpp": 1200,
+    "backends/edgelm_onnx": 2300,  # kernels are found in memory, and every operator is written out
     "backends/edgelm_mlx": 1200,
     "models/edgelm_models": 2100,
     "apps/edgelm_apps": 3500,
@@ -144,7 +146,7 @@ def test_the_parts_that_architectures_share_know_no_more(name: str) -> None:
     assert not wrong(name, ARCHITECTURE_MAY | {"edgelm.files.ggml_types"})
 
 
-@pytest.mark.parametrize("package", ["edgelm_numpy", "edgelm_llamacpp", "edgelm_mlx"])
+@pytest.mark.parametrize("package", ["edgelm_numpy", "edgelm_llamacpp", "edgelm_mlx", "edgelm_onnx"])
 def test_backends_know_the_contract_only(package: str) -> None:
     for name in MODULES:
         if name.partition(".")[0] == package:
@@ -175,7 +177,7 @@ def test_importing_edgelm_loads_the_standard_library_and_numpy_only() -> None:
     assert loaded <= {"edgelm", "numpy"}
 
 
-@pytest.mark.parametrize("package", ["edgelm_numpy", "edgelm_llamacpp", "edgelm_mlx"])
+@pytest.mark.parametrize("package", ["edgelm_numpy", "edgelm_llamacpp", "edgelm_mlx", "edgelm_onnx"])
 def test_importing_a_backend_does_not_import_its_library(package: str) -> None:
     code = f"import sys, {package}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
