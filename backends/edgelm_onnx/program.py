@@ -213,13 +213,17 @@ class OnnxProgram:
                 yield _Bound((), 0, ())
 
     def _in_place(self, at: Mapping[int, int]) -> dict[int, int]:
-        """Return where parts of a cut product go that make up a single row: right into it."""
+        """Return where parts of a cut product go that make up a single row of an output: right into it.
+
+        A value in scratch memory has its place only from the joining on, so there parts must wait.
+        """
         placed: dict[int, int] = {}
+        n_given, values = len(self._segment.values), self._pieces.values
         for piece in self._pieces.pieces:
-            op, values = piece.segment.ops[0], self._pieces.values
-            made = values[piece.outputs[0]]
-            ours = all(value >= len(self._segment.values) for value in piece.inputs)
-            if op.kind == "concat" and ours and self._shape.rows(made.per) == 1:
+            if piece.segment.ops[0].kind != "concat" or piece.outputs[0] not in self._segment.outputs:
+                continue
+            is_row = self._shape.rows(values[piece.outputs[0]].per) == 1
+            if is_row and all(value >= n_given for value in piece.inputs):
                 starts = accumulate((4 * values[value].width for value in piece.inputs), initial=at[piece.outputs[0]])
                 placed |= dict(zip(piece.inputs, starts, strict=False))
         return placed
