@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import edgelm_onnx.layout
 from edgelm.engine import demand
 from edgelm.engine.backend import Backend
 from edgelm.engine.forward import Engine
@@ -24,7 +25,7 @@ from edgelm.memory.plan import Plan
 from edgelm.memory.stores import MemoryStore, Store
 from edgelm.sizes import GB
 
-BACKENDS = ("numpy", "llamacpp", "mlx")
+BACKENDS = ("numpy", "llamacpp", "mlx", "onnx")
 CHUNK = 16
 
 
@@ -44,6 +45,7 @@ def need(backend: str) -> str:
 def shrink(monkeypatch: pytest.MonkeyPatch, *chunks: int) -> None:
     """Let slots be as small as tiny models need them to be, and prompt passes as wide as `chunks`."""
     monkeypatch.setattr(planning, "MIN_SLOT_BYTES", 4096)
+    monkeypatch.setattr(edgelm_onnx.layout, "TILE_BYTES", 4096)
     monkeypatch.setattr(demand, "CHUNKS", chunks or (CHUNK,))
 
 

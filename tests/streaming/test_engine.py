@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgelm.engine.forward import Engine, first_width
 from edgelm.errors import Cancelled, ConfigError, ContextOverflow
-from edgelm.memory.stores import MemoryStore, Store
+from edgelm.memory.stores import Store
 from edgelm.sizes import GB
 from edgelm.testing import ARCHITECTURES, tiny_model
 from edgelm.testing.evaluate import evaluate
@@ -120,17 +120,22 @@ def test_ids_outside_the_vocabulary_are_refused(models: dict[str, Path], token: 
         assert engine.n_past == 0
 
 
-class CancellingStore(MemoryStore):
-    """Calls `strike` once, from the thread that reads, after as many reads as `countdown` says."""
+class CancellingStore:
+    """Cancels the engine once, from the thread that reads, after as many reads as `countdown` says."""
 
-    engine: Engine | None = None
-    countdown = -1
+    def __init__(self, inner: Store) -> None:
+        self._inner, self.how = inner, inner.how
+        self.engine: Engine | None = None
+        self.countdown = -1
 
     def read_into(self, file: int, offset: int, n_bytes: int, buffer: memoryview, at: int) -> int:
         self.countdown -= 1
         if self.countdown == 0 and self.engine is not None:
             self.engine.cancel()
-        return super().read_into(file, offset, n_bytes, buffer, at)
+        return self._inner.read_into(file, offset, n_bytes, buffer, at)
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
@@ -143,9 +148,14 @@ def test_a_prompt_cancelled_by_another_thread_goes_on_correctly(
     budget = budgets(path, backend=need(backend))[1]
     with engine_at(path, budget, backend=backend) as engine:
         expected = walk(engine)
-    store = CancellingStore([path.read_bytes()])
-    with engine_at(path, budget, backend=backend, wrap=lambda _: store) as engine:
-        store.engine, store.countdown = engine, n_reads
+    stores: list[CancellingStore] = []
+
+    def wrap(store: Store) -> Store:
+        stores.append(CancellingStore(store))
+        return stores[0]
+
+    with engine_at(path, budget, backend=backend, wrap=wrap) as engine:
+        stores[0].engine, stores[0].countdown = engine, n_reads
         with pytest.raises(Cancelled):
             engine.forward(IDS[:N_PROMPT])
         assert engine.n_past % CHUNK == 0

@@ -44,9 +44,9 @@ def owned_bytes(engine: Engine) -> int:
 def test_twenty_changes_change_no_bit(models: dict[str, Path], architecture: str, backend: str) -> None:
     path, rng = models[architecture], np.random.default_rng(5)
     least, *_, most = budgets(path, backend=need(backend))
-    store = MemoryStore([path.read_bytes()])
     still = prepared_at(path, most, backend=backend)
     moving = prepared_at(path, most, backend=backend)
+    store = MemoryStore([part.read_bytes() for part in still.file.paths])
     engines = [build(prepared, store) for prepared in (still, moving)]
     try:
         expected, found = (engine.forward(IDS[:N_PROMPT])[-1].copy() for engine in engines)
