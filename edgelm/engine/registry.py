@@ -25,6 +25,7 @@ BACKENDS: Mapping[str, str] = {
     "mlx": "edgelm_mlx:BACKEND",
     "numpy": "edgelm_numpy:BACKEND",
     "onnx": "edgelm_onnx:BACKEND",
+    "npu": "edgelm_npu:BACKEND",
 }
 ARCHITECTURES: Mapping[str, str] = {
     name: f"edgelm_models.{name}"
