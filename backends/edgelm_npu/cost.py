@@ -36,7 +36,8 @@ def _seconds(op: Op, work: Work, segment: Segment, shape: PassShape, device: Npu
         if work.part == "npu":
             return device.product_s(padded(rows), width, outputs)
         channels = n_outliers(width)
-        return device.float_s(2.0 * rows * channels * outputs, FLOAT_BYTES * rows * outputs + channels * outputs)
+        read = min(rows * channels, width) * outputs  # each row has channels of its own
+        return device.float_s(2.0 * rows * channels * outputs, FLOAT_BYTES * rows * outputs + read)
     numbers = rows * sum(segment.values[value].width for value in (*op.inputs, op.output))
     if isinstance(op.params, AttendSpec):
         spec, length = op.params, shape.groups[op.params.group].length

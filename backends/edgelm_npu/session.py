@@ -20,10 +20,11 @@ from edgelm.files.ggml_types import row_bytes
 from edgelm_npu.cost import tasks
 from edgelm_npu.devices import DEFAULT, DEVICES, NpuDevice
 from edgelm_npu.lowering import CHUNK, Stage, Work, n_chunks, padded, stages, work_of
-from edgelm_npu.products import Product, Space, bias_of, packed_matrix
-from edgelm_npu.numbers import Floats
+from edgelm_npu.products import Product, Space
+from edgelm_npu.layout import row_bytes as packed_row_bytes
+from edgelm_npu.numbers import Floats, Outliers
 from edgelm_npu.schedule import out_of_order
-from edgelm_numpy.dequantize import TYPES
+from edgelm_numpy.dequantize import TYPES, dequantize
 from edgelm_numpy.frame import at
 from edgelm_numpy.lanes import Lanes, quiet
 from edgelm_numpy.session import ALIGNMENT, NumpySession
@@ -219,16 +220,21 @@ class _Run:
         add = (work.stage, work.chunk) in self._begun
         self._begun.add((work.stage, work.chunk))
         lanes, space = self._program.host.lanes, self._recipe.space
+        found: dict[int, Outliers] = {}  # of inputs that several products of the stage share
         for op, first in zip(part.ops, part.weights, strict=True):
+            matrix, *biases = op.weights
             x, out = (self._rows(value, work.chunk, work.rows) for value in (op.inputs[0], op.output))
-            product = Product(x, out, packed_matrix(op, first, self._bindings), space, self._products, lanes)
+            if op.inputs[0] not in found:
+                found[op.inputs[0]] = Outliers.of(x)
+            raw = at(self._bindings.weights[first], (matrix.rows * packed_row_bytes(matrix.width),), np.uint8)
+            product = Product(x, found[op.inputs[0]], out, raw, space, self._products, lanes)
             if work.part == "outliers":
                 product.of_outliers(add)
             else:
                 product.on_the_npu(add)
-            bias = bias_of(op, first, self._bindings) if add else None
-            if bias is not None:
-                out += bias
+            for bias in biases if add else ():
+                numbers = at(self._bindings.weights[first + 1], (1, row_bytes(bias.type, bias.width)), np.uint8)
+                out += dequantize(bias.type, numbers)[0]
 
     def _on_the_processor(self, work: Work, placed: Placed, part: Stage) -> None:
         bound, start = self._bindings, work.chunk * CHUNK
