@@ -74,14 +74,14 @@ class Clock:
         self._began = time.perf_counter()
         self._prefill_began = self._began
         self._prefill_s = self._first = self._last = 0.0
-        self._streamed, self._before_s = engine.window.bytes_streamed, engine.times.sums_s()
+        self._streamed, self._before_s = engine.bytes_streamed, engine.times.sums_s()
         self._memory, self._sampled = meter.sample(), self._began
         self._plan, self._predicted_tps = engine.plan, engine.plan.predicted_decode_tps
 
     def started(self) -> None:
         """The queue is over: prefill begins."""
         self._prefill_began = time.perf_counter()
-        self._streamed, self._before_s = self._engine.window.bytes_streamed, self._engine.times.sums_s()
+        self._streamed, self._before_s = self._engine.bytes_streamed, self._engine.times.sums_s()
 
     def prefilled(self, computed: int) -> None:
         """The prompt is in the cache; `computed` of its tokens had to be computed."""
@@ -97,7 +97,7 @@ class Clock:
 
     def usage(self, final: bool = False) -> Usage:
         """Return the statistics of this moment; all are fresh if it is the `final` one."""
-        window, plan, now = self._engine.window, self._engine.plan, time.perf_counter()
+        plan, now = self._engine.plan, time.perf_counter()
         if final or now - self._sampled > SAMPLE_S:
             self._memory, self._sampled = self._meter.sample(), now
         if plan is not self._plan:
@@ -114,7 +114,7 @@ class Clock:
             decode_tps=(self._tokens - 1) / decode_s if decode_s else 0.0,
             rss_bytes=memory.rss_bytes,
             peak_bytes=memory.peak_bytes,
-            bytes_streamed=window.bytes_streamed - self._streamed,
+            bytes_streamed=self._engine.bytes_streamed - self._streamed,
             elapsed_s=time.perf_counter() - self._prefill_began,  # taken after the sums: it holds them
             compute_s=sums_s["compute"] - self._before_s["compute"],
             wait_s=sums_s["wait"] - self._before_s["wait"],

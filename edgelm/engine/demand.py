@@ -74,12 +74,16 @@ class Demands(Sequence[Demand]):
         max_outputs: int,
         cache: CacheLayout,
         kept: tuple[int, int] | None = None,
+        most_tokens: int | None = None,
     ) -> None:
-        """`kept`: the chunk that a cache which exists already was made for, and its bytes."""
+        """`kept`: the chunk that a cache is made for, and its bytes, where that is decided already.
+
+        `most_tokens`: no pass will have more.
+        """
         self._cache = cache
         self._model, self._session, self._context = model, session, context
         self._process_bytes, self._max_outputs, self._kept = process_bytes, max_outputs, kept
-        widest = min(context, kept[0]) if kept else context
+        widest = min(context, kept[0] if kept else context, most_tokens or context)
         # all rows whose logits are wanted come from one pass
         self.chunks = tuple(chunk for chunk in CHUNKS if max_outputs <= chunk <= widest)
         self._whole = place(model.trace.ops, model.trace.values, frozenset([model.trace.logits])).segment

@@ -64,6 +64,10 @@ class Prepared:
     pattern: ReadPattern | None
     streams: bool
     cache: CacheLayout
+    cache_chunk: int = 0
+    """What passes the cache is made for, if not for those of the plan."""
+    prompts: Prepared | None = None
+    """The backend that computes the prompts, if another one does: `edgelm.engine.phases`."""
 
 
 def open_path(path: str | PathLike[str]) -> ModelFile:
@@ -116,11 +120,11 @@ def prepare(
     can = backend.capabilities()
     while True:
         model = describe(record(architecture, file, context), file.tensors, file.gathered)
-        _check_types(model, backend)
+        check_types(model, backend)
         demands = Demands(model, session, context, process_bytes, request.max_outputs, can.cache)
-        terms = _Terms(context, rates, can.streams, isinstance(session, Adopting))
+        terms = Terms(context, rates, can.streams, isinstance(session, Adopting))
         try:
-            plan = _settle(model, demands, request.budget_bytes, terms)
+            plan = settle(model, demands, request.budget_bytes, terms)
             return Prepared(model, plan, session, request, file, process_bytes, rates, pattern, can.streams, can.cache)
         except BudgetTooSmall:
             if request.context is not None or context <= 512:
@@ -134,15 +138,21 @@ def build(
     loader: Store | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
+    *,
+    arena: KVArena | None = None,
+    prompts: Engine | None = None,
 ) -> Engine:
-    """Allocate what the plan says and read the pinned weights. The engine owns `store` and the session from here."""
+    """Allocate what the plan says and read the pinned weights. The engine owns `store` and the session from here.
+
+    Also a cache that exists already, and the engine that computes the prompts, if another one does.
+    """
     model, plan, request = prepared.model, prepared.plan, prepared.request
     pinned = PinnedWeights(prepared.file.file_bytes)
-    arena: KVArena | None = None
     try:
-        arena = KVArena(model.layers, plan.context, plan.chunk, prepared.cache)
-        session, n_threads = prepared.session, request.n_threads
-        engine = Engine(model, plan, pinned, arena, store, session, n_threads, request.max_outputs, prepared.pattern)
+        arena = arena or KVArena(model.layers, plan.context, plan.chunk, prepared.cache)
+        session, n_threads, outputs = prepared.session, request.n_threads, request.max_outputs
+        pattern = prepared.pattern
+        engine = Engine(model, plan, pinned, arena, store, session, n_threads, outputs, pattern, prompts)
         engine.load(loader, progress, cancelled)
     except BaseException:
         pinned.close()
@@ -167,11 +177,11 @@ def replan(prepared: Prepared, engine: Engine, budget_bytes: int) -> Plan:
         arena.layout,
         kept=(arena.chunk, arena.n_bytes),
     )
-    terms = _Terms(arena.context, prepared.rates, prepared.streams, isinstance(prepared.session, Adopting))
-    return _settle(model, demands, budget_bytes, terms)
+    terms = Terms(arena.context, prepared.rates, prepared.streams, isinstance(prepared.session, Adopting))
+    return settle(model, demands, budget_bytes, terms)
 
 
-class _Terms(NamedTuple):
+class Terms(NamedTuple):
     """What a plan is made under besides the budget; see `make_plan`."""
 
     context: int
@@ -180,7 +190,7 @@ class _Terms(NamedTuple):
     adopts: bool
 
 
-def _settle(model: Model, demands: Demands, budget_bytes: int, terms: _Terms) -> Plan:
+def settle(model: Model, demands: Demands, budget_bytes: int, terms: Terms) -> Plan:
     """Plan with guessed demands, then again with what the segments that come of it really need.
 
     Where that fails, the smallest slots are tried, chunk by chunk: that is the floor that an error names.
@@ -192,7 +202,7 @@ def _settle(model: Model, demands: Demands, budget_bytes: int, terms: _Terms) ->
             return plan
         measured = demands.measured(plan)
         needed = measured if plan.streamed else with_room(plan.demand, measured)
-        agreed = _agreed(model, demands, needed, budget_bytes, terms)
+        agreed = agreed_plan(model, demands, needed, budget_bytes, terms)
         if agreed is not None:
             return agreed
         chunks = range(demands.chunks.index(plan.chunk), len(demands))
@@ -200,15 +210,15 @@ def _settle(model: Model, demands: Demands, budget_bytes: int, terms: _Terms) ->
         if not terms.streams and not terms.adopts:
             raise
     for i in chunks:
-        least = _least(model, demands, i, terms)
+        least = least_plan(model, demands, i, terms)
         if least.planned_bytes <= budget_bytes:
-            roomy = _agreed(model, demands, least.demand, budget_bytes, terms)
+            roomy = agreed_plan(model, demands, least.demand, budget_bytes, terms)
             return roomy or replace(least, budget_bytes=budget_bytes)
     weights = ("slots for streaming", least.slots_bytes) if least.streamed else ("weights", least.pinned_bytes)
     raise BudgetTooSmall(budget_bytes, least.planned_bytes, (*least.demand.items(), weights))
 
 
-def _least(model: Model, demands: Demands, chunk: int, terms: _Terms) -> Plan:
+def least_plan(model: Model, demands: Demands, chunk: int, terms: Terms) -> Plan:
     """Return the plan of the smallest budget that works with prompt passes of `demands.chunks[chunk]` tokens."""
     _, weights_bytes = least_weights(model.matrices, terms.streams, terms.adopts)
     demand = demands[chunk]
@@ -219,7 +229,7 @@ def _least(model: Model, demands: Demands, chunk: int, terms: _Terms) -> Plan:
     return replace(plan, budget_bytes=plan.planned_bytes)
 
 
-def _agreed(model: Model, demands: Demands, needed: Demand, budget_bytes: int, terms: _Terms) -> Plan | None:
+def agreed_plan(model: Model, demands: Demands, needed: Demand, budget_bytes: int, terms: Terms) -> Plan | None:
     """Plan, look at the segments, and plan with what they need, until the two agree; None if they never do."""
     for _ in range(_ROUNDS):
         try:
@@ -238,7 +248,7 @@ def default_context(file: ModelFile) -> int:
     return min(Meta.of(file).int("context_length", default=DEFAULT_CONTEXT, least=1), DEFAULT_CONTEXT)
 
 
-def _check_types(model: Model, backend: Backend) -> None:
+def check_types(model: Model, backend: Backend) -> None:
     supported = backend.capabilities().types
     for info in (model.embedding, *model.matrices):
         if info.type not in supported:

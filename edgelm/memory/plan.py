@@ -43,13 +43,15 @@ class Demand:
     scratch_bytes: int
     state_bytes: int
     reserve_bytes: int
+    beside_bytes: int = 0
+    """What another backend takes, which computes the prompts."""
 
     @property
     def total_bytes(self) -> int:
         return sum(n_bytes for _, n_bytes in self.items())
 
     def items(self) -> tuple[tuple[str, int], ...]:
-        return (
+        items = (
             ("interpreter, libraries and tokenizer", self.process_bytes),
             ("norms and biases", self.constants_bytes),
             ("KV cache", self.kv_bytes),
@@ -57,6 +59,7 @@ class Demand:
             ("activations, masks and logits", self.state_bytes),
             ("reserve", self.reserve_bytes),
         )
+        return (*items, ("prompts on another backend", self.beside_bytes)) if self.beside_bytes else items
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,8 @@ class Plan:
     """The matrix that makes the logits."""
     adopts: bool = False
     """Weights that stay are copied by the backend, part by part."""
+    prompts: Plan | None = None
+    """How another backend computes the prompts, if one does; `demand.beside_bytes` is all that it takes."""
 
     def __post_init__(self) -> None:
         if self.planned_bytes > self.budget_bytes:
@@ -128,15 +133,24 @@ class Plan:
     @property
     def predicted_prefill_tps(self) -> float:
         """Tokens a second of a long prompt."""
+        if self.prompts is not None:
+            return self.prompts.predicted_prefill_tps
         seconds = self.pass_s(self.chunk, final=False)
         return self.chunk / seconds if seconds else 0.0
 
     @property
     def simulated(self) -> str | None:
-        return self.rates.simulated if self.rates else None
+        """What was simulated, by name: devices with slower flash, backends that only pretend to be a device."""
+        parts = (self.rates, self.prompts.rates if self.prompts else None)
+        names = dict.fromkeys(rates.simulated for rates in parts if rates and rates.simulated)
+        return ", ".join(names) or None
 
     def predicted_ttft_s(self, n_prompt: int) -> float:
         """Seconds from a prompt of `n_prompt` tokens to the first token of the answer."""
+        if self.prompts is not None:
+            n_passes, rest = divmod(max(n_prompt - 1, 0), self.prompts.chunk)
+            before_s = n_passes * self.prompts.pass_s(self.prompts.chunk)
+            return before_s + (self.prompts.pass_s(rest) if rest else 0.0) + self.pass_s(1)
         n_before = max(n_prompt - 1, 0) // self.chunk
         rest = n_prompt - n_before * self.chunk
         return n_before * self.pass_s(self.chunk, final=False) + self.pass_s(rest)
@@ -188,6 +202,7 @@ class Plan:
             "predicted_ttft_prompt_tokens": JOB_PROMPT,
             "predicted_peak_bytes": self.planned_bytes,
             "simulated": self.simulated,
+            "prompts": self.prompts.as_dict() if self.prompts else None,
         }
 
     def __str__(self) -> str:
@@ -198,13 +213,18 @@ class Plan:
         share = 100 * kept / self.pass_bytes if self.pass_bytes else 100.0
         lines += ["", f"a pass uses {human(self.pass_bytes)} of weights: {share:.0f} % stay in memory, "]
         lines[-1] += f"{human(self.streamed_bytes)} are read from flash" if self.streamed else "nothing is streamed"
+        if self.prompts is not None:
+            lines.append(
+                f"prompts on another backend: passes of {self.prompts.chunk} tokens, "
+                f"{human(self.prompts.pinned_bytes)} of {human(self.prompts.pass_bytes)} weights stay in memory"
+            )
         if self.predicted_decode_tps:
             lines.append(
                 f"predicted: {self.predicted_decode_tps:.1f} tokens/s, first token of a prompt of {JOB_PROMPT} after "
                 f"{self.predicted_ttft_s(JOB_PROMPT):.1f} s, at most {human(self.planned_bytes)} of memory"
             )
         if self.simulated:
-            lines.append(f"simulated flash of {self.simulated}; the processor is this machine's own, not slowed down")
+            lines.append(f"simulated: {self.simulated}; the processor is this machine's own, not slowed down")
         return "\n".join(lines)
 
 
@@ -241,7 +261,7 @@ def make_plan(
         return _stream(matrices, chosen, budget_bytes, context, None, adopts)
     fitting = [demand for demand in demands if demand.total_bytes + least[1] <= budget_bytes]
     plans = [_stream(matrices, demand, budget_bytes, context, rates, adopts) for demand in fitting or [smallest]]
-    return min(plans, key=_job_s)
+    return min(plans, key=job_s)
 
 
 def least_weights(matrices: Sequence[TensorInfo], streams: bool, adopts: bool) -> tuple[str, int]:
@@ -262,7 +282,7 @@ def _staging_bytes(units: Sequence[Unit]) -> int:
     return max((span(PAGE - 1, part.n_bytes) for unit in units for part in unit.parts), default=0)
 
 
-def _job_s(plan: Plan) -> float:
+def job_s(plan: Plan) -> float:
     """Return the predicted seconds of a usual turn."""
     return plan.predicted_ttft_s(JOB_PROMPT) + JOB_ANSWER * plan.pass_s(1)
 

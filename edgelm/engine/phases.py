@@ -1,0 +1,220 @@
+"""Two backends for one conversation: one fills the cache with prompts, the other answers from it.
+
+An NPU is fast at wide passes and slow at single tokens, so prompts are its part (llm.npu, arXiv:2407.05858). Of a
+pass it only needs what fills the cache: neither the end of the last block nor the output head. Weights in both layouts
+count against the budget; the answers' stay first, the prompts' take what is left and stream the rest at each prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from edgelm.engine.architecture import record
+from edgelm.engine.backend import Adopting, Backend, CacheLayout, Session
+from edgelm.engine.demand import CHUNKS, Demands, Model, describe
+from edgelm.engine.forward import LEAST_PROMPT, Engine
+from edgelm.engine.ir import Op, Trace, Value
+from edgelm.engine.loading import (
+    Prepared,
+    Request,
+    Terms,
+    agreed_plan,
+    check_types,
+    default_context,
+    least_plan,
+    settle,
+)
+from edgelm.engine.loading import build as build_one
+from edgelm.engine.loading import prepare as prepare_one
+from edgelm.engine.loading import replan as replan_one
+from edgelm.engine.registry import get_architecture
+from edgelm.errors import BudgetTooSmall
+from edgelm.files.model import ModelFile
+from edgelm.memory.arena import KVArena, cache_bytes
+from edgelm.memory.plan import MAX_SLOT_BYTES, N_SLOTS, Plan, job_s, make_plan
+from edgelm.memory.predict import Rates
+from edgelm.memory.stores import Store
+
+if TYPE_CHECKING:
+    from edgelm.memory.flash import ReadPattern
+
+LARGE_BYTES = 1 << 50
+
+
+class Phase(NamedTuple):
+    """A backend, and the model as it wants it."""
+
+    file: ModelFile
+    backend: Backend
+    session: Session
+    rates: Rates | None
+    pattern: ReadPattern | None = None
+
+
+class Sources(NamedTuple):
+    """Where weights are read from: while the model runs, and when it is loaded (None: the same)."""
+
+    store: Store
+    loader: Store | None = None
+
+
+def split_name(backend: str) -> tuple[str | None, str]:
+    """Return the backend of the prompts, if they have one of their own, and that of the answers: `npu+llamacpp`."""
+    prompts, plus, answers = backend.partition("+")
+    return (prompts, answers) if plus else (None, backend)
+
+
+def until_cached(trace: Trace) -> Trace:
+    """Return the part of a pass that fills the cache, up to the last attention; its output is of no use."""
+    last = max(i for i, op in enumerate(trace.ops) if op.kind == "attend")
+    attended, end = trace.ops[last].output, max(trace.values) + 1
+    values = {**trace.values, end: Value(trace.values[attended].width, "output")}
+    return Trace((*trace.ops[: last + 1], Op("select", (attended,), end)), values, end)
+
+
+def prepare(answers: Phase, request: Request, process_bytes: int, prompts: Phase | None = None) -> Prepared:
+    """Record the model and plan its memory, as `loading.prepare` does, with a backend of their own for the prompts."""
+    if prompts is None:
+        return prepare_one(*answers[:3], request, process_bytes, *answers[3:])
+    context = request.context or default_context(answers.file)
+    while True:
+        try:
+            return _prepare_at(answers, prompts, request, process_bytes, context)
+        except BudgetTooSmall:
+            if request.context is not None or context <= 512:
+                raise
+            context //= 2
+
+
+def _prepare_at(answers: Phase, prompts: Phase, request: Request, process_bytes: int, context: int) -> Prepared:
+    trace = record(get_architecture(answers.file.architecture), answers.file, context)
+    traces = (trace, until_cached(trace))
+    models = [describe(one, phase.file.tensors, phase.file.gathered) for one, phase in zip(traces, (answers, prompts), strict=True)]
+    for model, phase in zip(models, (answers, prompts), strict=True):
+        check_types(model, phase.backend)
+    widest = next((chunk for chunk in CHUNKS if chunk <= context), CHUNKS[-1])
+    both = _Both(_Part.of(models[0], answers), _Part.of(models[1], prompts), context, widest, process_bytes, request.max_outputs)
+    plan = both.plan(request.budget_bytes)
+    made = [
+        Prepared(
+            model, one, phase.session, request, phase.file, process_bytes, phase.rates, phase.pattern,
+            phase.backend.capabilities().streams, phase.backend.capabilities().cache, cache_chunk=widest,
+        )
+        for model, one, phase in zip(models, (plan, plan.prompts), (answers, prompts), strict=True)
+        if one is not None
+    ]  # fmt: skip
+    return replace(made[0], prompts=made[1])
+
+
+def replan(prepared: Prepared, engine: Engine, budget_bytes: int) -> Plan:
+    """Return the plan of another budget for a running engine, as `loading.replan` does."""
+    if prepared.prompts is None:
+        return replan_one(prepared, engine, budget_bytes)
+    parts = [
+        _Part(one.model, one.session, one.cache, one.rates, one.streams) for one in (prepared, prepared.prompts)
+    ]
+    arena, request = engine.arena, prepared.request
+    return _Both(*parts, arena.context, arena.chunk, prepared.process_bytes, request.max_outputs).plan(budget_bytes)
+
+
+def build(
+    prepared: Prepared,
+    answers: Sources,
+    prompts: Sources | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Engine:
+    """Allocate what the plan says and read the pinned weights, as `loading.build` does.
+
+    Two backends share one cache if both want it alike; else each has its own, and what one stores is handed over.
+    """
+    before = prepared.prompts
+    if before is None or prompts is None:
+        return build_one(prepared, *answers, progress, cancelled)
+    arena = KVArena(prepared.model.layers, prepared.plan.context, prepared.cache_chunk, prepared.cache)
+    own = arena
+    if before.cache != prepared.cache:
+        own = KVArena(before.model.layers, before.plan.context, before.cache_chunk, before.cache)
+    first = build_one(before, *prompts, progress, cancelled, arena=own)
+    try:
+        return build_one(prepared, *answers, progress, cancelled, arena=arena, prompts=first)
+    except BaseException:
+        first.close()
+        raise
+
+
+class _Part(NamedTuple):
+    """What planning must know of a backend."""
+
+    model: Model
+    session: Session
+    cache: CacheLayout
+    rates: Rates | None
+    streams: bool
+
+    @classmethod
+    def of(cls, model: Model, phase: Phase) -> _Part:
+        can = phase.backend.capabilities()
+        return cls(model, phase.session, can.cache, phase.rates, can.streams)
+
+    def terms(self, context: int) -> Terms:
+        return Terms(context, self.rates, self.streams, isinstance(self.session, Adopting))
+
+    def cache_bytes(self, context: int, chunk: int) -> int:
+        return cache_bytes(self.model.layers, context, chunk, self.cache)
+
+
+class _Both:
+    """Plans for two backends that share a budget. The cache is made for passes of `chunk` tokens."""
+
+    def __init__(
+        self, answers: _Part, prompts: _Part, context: int, chunk: int, process_bytes: int, max_outputs: int
+    ) -> None:
+        self._answers, self._prompts, self._rates = answers, prompts, answers.rates
+        own_cache = 0 if prompts.cache == answers.cache else prompts.cache_bytes(context, chunk)
+        self._terms = answers.terms(context), prompts.terms(context)
+        self._answering = Demands(
+            answers.model, answers.session, context, process_bytes, max_outputs, answers.cache,
+            (chunk, answers.cache_bytes(context, chunk)), LEAST_PROMPT + max_outputs,
+        )  # fmt: skip
+        self._prompting = Demands(
+            prompts.model, prompts.session, context, 0, 1, prompts.cache, (chunk, own_cache)
+        )
+
+    def plan(self, budget_bytes: int) -> Plan:
+        """Return the plan that answers soonest, prompt and answer together.
+
+        Raises `BudgetTooSmall` with the smallest budget that works.
+        """
+        plans: list[Plan] = []
+        for i in range(len(self._prompting)):
+            least = least_plan(self._prompts.model, self._prompting, i, self._terms[1])
+            roomy = least.planned_bytes + (N_SLOTS * MAX_SLOT_BYTES if least.streamed else 0)
+            for reserved in dict.fromkeys((self._resident_bytes(i), roomy, least.planned_bytes)):
+                try:
+                    plan = self._with(i, least, reserved, budget_bytes)
+                except BudgetTooSmall as error:
+                    refused = error
+                    continue
+                plans.append(plan)
+                if self._rates is None or not (plan.streamed or (plan.prompts and plan.prompts.streamed)):
+                    return plan
+        if plans:
+            return min(plans, key=job_s)
+        items = (*refused.items, ("prompts on another backend", reserved))
+        raise BudgetTooSmall(budget_bytes, refused.needed_bytes + reserved, items)
+
+    def _resident_bytes(self, i: int) -> int:
+        """Return what the prompts take with every weight in memory."""
+        return make_plan(self._prompts.model.matrices, [self._prompting[i]], LARGE_BYTES, *self._terms[1]).planned_bytes
+
+    def _with(self, i: int, least: Plan, reserved: int, budget_bytes: int) -> Plan:
+        """Plan the answers with `reserved` bytes left out, then the prompts with what the answers leave."""
+        answers = settle(self._answers.model, self._answering, budget_bytes - reserved, self._terms[0])
+        left = budget_bytes - answers.planned_bytes
+        prompts = agreed_plan(self._prompts.model, self._prompting, least.demand, left, self._terms[1])
+        prompts = prompts or replace(least, budget_bytes=left)
+        demand = replace(answers.demand, beside_bytes=prompts.planned_bytes)
+        return replace(answers, budget_bytes=budget_bytes, demand=demand, prompts=prompts)
