@@ -51,8 +51,7 @@ def weigh(
         return {"why_not": getattr(exc, "reason", str(exc))}
     except EdgeLMError:
         return UNKNOWN._asdict()  # not the backend's fault: whoever loads the model will hear of it
-    ready.session.close()
-    ready.store.close()
+    ready.close()
     plan, file = ready.prepared.plan, ready.prepared.file
     packed = file.paths != ready.file.paths
     return {

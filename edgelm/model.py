@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from edgelm.engine.generate import Conversation, FinishReason, token_ids
-from edgelm.engine.loading import replan
+from edgelm.engine.phases import replan
 from edgelm.engine.sampling import Processor, Sampler, Sampling, make_sampler
 from edgelm.errors import Cancelled, ConfigError
 from edgelm.files.model import ModelFile

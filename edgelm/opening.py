@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edgelm.engine.backend import Backend, Session
 from edgelm.engine.calibration import measured_rates
-from edgelm.engine.choosing import Asked, choose
+from edgelm.engine.choosing import Asked, choose, split_name
 from edgelm.engine.demand import CHUNKS, RESERVE_BYTES
 from edgelm.engine.forward import Engine
 from edgelm.engine.health import open_session
-from edgelm.engine.loading import Prepared, Request, build, computable, default_context, layout_for, open_path, prepare
+from edgelm.engine.loading import Prepared, Request, computable, default_context, layout_for, open_path
+from edgelm.engine.phases import Phase, Sources, build, prepare
 from edgelm.errors import (
     BackendUnavailable,
     BudgetTooSmall,
@@ -85,13 +86,39 @@ class Ready:
 
     file: ModelFile
     tokenizer: Tokenizer
-    backend: Backend
-    session: Session
-    store: Store
+    backend: str
+    parts: tuple[_Part, ...]
+    """The backend of the answers, and that of the prompts if they have one of their own."""
     prepared: Prepared
     notes: tuple[str, ...]
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """What converting the weights loses, a sentence each."""
+        return tuple(sentence for part in self.parts for sentence in part.lost)
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
+
+class _Part(NamedTuple):
+    """One backend, opened: `told` are sentences for the user, `lost` those of them on what converting loses."""
+
+    phase: Phase
+    store: Store
+    told: tuple[str, ...]
     lost: tuple[str, ...]
-    """What converting the weights loses, a sentence each."""
+
+    def sources(self) -> tuple[Sources, Store]:
+        """Return where weights are read from, checked, and what must be closed when they are loaded."""
+        file = self.phase.file
+        loader = derived_loader([str(part) for part in file.paths], self.store, file)
+        return Sources(verified(self.store, file), verified(loader, file, again=self.store)), loader
+
+    def close(self) -> None:
+        self.phase.session.close()
+        self.store.close()
 
 
 def open_engine(
@@ -110,19 +137,17 @@ def open_engine(
     making = _Making(progress, notice)
     ready = get_ready(path, memory, backend, threads, context, max_outputs, simulate, making)
     try:
-        file = ready.prepared.file
-        loader = derived_loader([str(part) for part in file.paths], ready.store, file)
-        checked = verified(ready.store, file)
-        engine = build(ready.prepared, checked, verified(loader, file, again=ready.store), progress)
-        if loader is not ready.store:
-            loader.close()
+        sources, loaders = zip(*(part.sources() for part in ready.parts), strict=True)
+        engine = build(ready.prepared, sources, progress)
+        for loader, part in zip(loaders, ready.parts, strict=True):
+            if loader is not part.store:
+                loader.close()
     except BaseException:
-        ready.session.close()
-        ready.store.close()
+        ready.close()
         raise
     notes = (*ready.notes, *concessions(ready.prepared.plan, context or default_context(ready.file)))
     notes += _old_tables(ready.file)
-    return Opened(ready.file, ready.tokenizer, engine, ready.prepared, ready.backend.name, notes, ready.lost)
+    return Opened(ready.file, ready.tokenizer, engine, ready.prepared, ready.backend, notes, ready.lost)
 
 
 def plan(
@@ -136,8 +161,7 @@ def plan(
 ) -> Plan:
     """Return the plan that `load` would carry out, without reading weights. Raises what `load` raises."""
     ready = get_ready(path, memory, backend, threads, context, 1, simulate)
-    ready.session.close()
-    ready.store.close()
+    ready.close()
     return ready.prepared.plan
 
 
@@ -209,8 +233,39 @@ def _with_backend(
     making: _Making | None,
     host: _Host,
 ) -> Ready:
-    budget_bytes, n_threads = asked.budget_bytes, asked.n_threads
-    request = Request(budget_bytes, asked.context, n_threads, asked.max_outputs)
+    request = Request(asked.budget_bytes, asked.context, asked.n_threads, asked.max_outputs)
+    prompts, answers = split_name(name)
+    parts: list[_Part] = []
+    try:
+        names = (answers, prompts) if prompts else (answers,)
+        for one in names:
+            part = _open_part(one, source, request, device, making, host, len(names))
+            parts.append(part)  # at once: if the next one fails, this one is closed
+        trim()
+        phases = [part.phase for part in parts]
+        prepared = prepare(phases[0], request, _process_bytes(source) + host.more_bytes, *phases[1:])
+    except BaseException:
+        for part in parts:
+            part.close()
+        raise
+    told = tuple(sentence for part in parts for sentence in part.told)
+    return Ready(source, tokenizer, name, tuple(parts), prepared, told)
+
+
+def _open_part(
+    name: str,
+    source: ModelFile,
+    request: Request,
+    device: Device | None,
+    making: _Making | None,
+    host: _Host,
+    n_sharing: int,
+) -> _Part:
+    """Open a backend, with the model as it wants it, and measure what it computes a second.
+
+    `n_sharing` backends hold weights of the model in the same budget.
+    """
+    budget_bytes, n_threads = request.budget_bytes, request.n_threads
     chosen, session = open_session(name, n_threads)
     store: Store | None = None
     try:
@@ -220,21 +275,20 @@ def _with_backend(
             store = ThrottledStore(store, device.flash_bytes_per_s, device.latency_s)
         free_bytes = budget_bytes - current_platform().rss_bytes() - host.beside_bytes - SPARE_BYTES
         room = min(max(free_bytes, 0), MEASURING_BYTES)
-        pattern = _pattern(store, readable, room, device) if device or _may_stream(file, budget_bytes) else None
+        pattern = (
+            _pattern(store, readable, room, device) if device or _may_stream(file, budget_bytes // n_sharing) else None
+        )
         flash_bytes_per_s = pattern.bytes_per_s if pattern else 0.0
         reads = (store, readable) if pattern else None
         rates = measured_rates(chosen, session, file, n_threads, flash_bytes_per_s, limit_bytes=room, reads=reads)
-        if device:
-            rates = replace(rates, simulated=device.name)
-        trim()
-        process_bytes = _process_bytes(source) + host.more_bytes
-        prepared = prepare(file, chosen, session, request, process_bytes, rates, pattern)
     except BaseException:
         session.close()
         if store is not None:
             store.close()
         raise
-    return Ready(source, tokenizer, chosen, session, store, prepared, told, lost)
+    simulated = (device.name if device else "", name if chosen.capabilities().simulated else "")
+    rates = replace(rates, simulated=", ".join(filter(None, simulated)) or None)
+    return _Part(Phase(file, chosen, session, rates, pattern), store, told, lost)
 
 
 def _in_layout(
@@ -257,7 +311,8 @@ def _in_layout(
         return found.file, found.file, told, lost
     if making is None:
         return found.file, source, told, lost
-    prepare(found.file, backend, session, request, _process_bytes(source), None)  # refuses before the work, not after
+    phase = Phase(found.file, backend, session, None)
+    prepare(phase, request, _process_bytes(source))  # refuses before the work, not after
     where = f"{human(found.file.file_bytes[0])} in {found.file.paths[0].parent}"
     if making.notice is not None:
         making.notice(f"preparing {source.name} for the {backend.name} backend, once: {where}")
@@ -288,7 +343,10 @@ def with_flash(prepared: Prepared, engine: Engine) -> Prepared:
         return prepared
     engine.pattern = _pattern(engine.store, prepared.file, RESERVE_BYTES)
     rates = replace(prepared.rates, flash_bytes_per_s=engine.pattern.bytes_per_s)
-    return replace(prepared, pattern=engine.pattern, rates=rates)
+    prompts = prepared.prompts
+    if prompts is not None and engine.prompts is not None and engine.prompts.pattern is None:
+        prompts = with_flash(prompts, engine.prompts)
+    return replace(prepared, pattern=engine.pattern, rates=rates, prompts=prompts)
 
 
 def _pattern(store: Store, file: ModelFile, limit_bytes: int, device: Device | None = None) -> ReadPattern:
@@ -335,8 +393,9 @@ def concessions(plan: Plan, wanted: int) -> tuple[str, ...]:
     notes: list[str] = []
     if plan.context < wanted:
         notes.append(f"context shortened from {wanted} to {plan.context} tokens: the budget holds no more")
-    if plan.chunk < min(CHUNKS[0], plan.context):
-        notes.append(f"prompts are read in passes of {plan.chunk} tokens instead of {CHUNKS[0]}")
+    chunk = (plan.prompts or plan).chunk
+    if chunk < min(CHUNKS[0], plan.context):
+        notes.append(f"prompts are read in passes of {chunk} tokens instead of {CHUNKS[0]}")
     if plan.streamed:
         notes.append(f"{human(plan.streamed_bytes)} of {human(plan.pass_bytes)} weights are read from flash each pass")
     return tuple(notes)

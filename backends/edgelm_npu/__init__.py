@@ -31,7 +31,7 @@ class NpuBackend:
     def capabilities(self) -> Capabilities:
         from edgelm_numpy.dequantize import TYPES
 
-        return Capabilities(TYPES)
+        return Capabilities(TYPES, simulated=True)
 
     def layout(self) -> Int8Layout:
         from edgelm_npu.layout import Int8Layout

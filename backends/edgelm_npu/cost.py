@@ -1,4 +1,4 @@
-"""What the work of a pass costs on a device of the table, and the order that follows from it. *Simulated* times. Pure."""
+"""What the work of a pass costs on a device of the table: *simulated* times. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products on the simulated NPU: a fixed number of rows, 8-bit weights and activations, 32-bit sums; outliers beside it.
+"""Products as an NPU makes them: a fixed number of rows, 8-bit weights and activations, 32-bit sums; and the outliers.
 
 Both parts are added up, in whichever order they come: the sum of two floats does not depend on it.
 """

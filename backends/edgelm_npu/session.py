@@ -19,10 +19,10 @@ from edgelm.errors import UnsupportedModel
 from edgelm.files.ggml_types import row_bytes
 from edgelm_npu.cost import tasks
 from edgelm_npu.devices import DEFAULT, DEVICES, NpuDevice
-from edgelm_npu.lowering import CHUNK, Stage, Work, n_chunks, padded, stages, work_of
-from edgelm_npu.products import Product, Space
 from edgelm_npu.layout import row_bytes as packed_row_bytes
+from edgelm_npu.lowering import CHUNK, Stage, Work, n_chunks, stages, work_of
 from edgelm_npu.numbers import Floats, Outliers
+from edgelm_npu.products import Product, Space
 from edgelm_npu.schedule import out_of_order
 from edgelm_numpy.dequantize import TYPES, dequantize
 from edgelm_numpy.frame import at
@@ -89,7 +89,8 @@ class _Recipe:
 
     @property
     def blocks_bytes(self) -> int:
-        return n_chunks(self.n_tokens) * self.block_bytes["token"] + n_chunks(self.n_outputs) * self.block_bytes["output"]
+        rows = {"token": self.n_tokens, "output": self.n_outputs}
+        return sum(n_chunks(rows[per]) * n_bytes for per, n_bytes in self.block_bytes.items())
 
     @property
     def own_bytes(self) -> int:
@@ -108,7 +109,9 @@ class _Recipe:
                 )
         parts = _stages(segment)
         inner = {
-            (part.placed.segment, _inner(part, min(CHUNK, shape.rows(part.per)), shape)) for part in parts if part.placed
+            (part.placed.segment, _inner(part, min(CHUNK, shape.rows(part.per)), shape))
+            for part in parts
+            if part.placed is not None
         }
         host_bytes = max((host.scratch_bytes(*one) for one in inner), default=0)
         space = Space.of(parts, max(shape.n_tokens, shape.n_outputs), host.lanes.n)
@@ -138,24 +141,29 @@ def _places(parts: tuple[Stage, ...], segment: Segment, shape: PassShape) -> tup
             made_in[op.output] = i
             for value in op.inputs:
                 last_use[value] = len(parts) if part.kind == "select" else i
-    bound = {*segment.inputs, *segment.outputs}
-    inside = [value for value in made_in if value not in bound and last_use.get(value, -1) > made_in[value]]
-    inside += [op.output for part in parts if part.kind != "cpu" for op in part.ops if op.output not in {*bound, *inside}]
+    inside_of_one = {op.output for part in parts if part.placed for op in part.ops} - {
+        value for part in parts if part.placed for value in part.placed.outputs
+    }
+    bound = {*segment.inputs, *segment.outputs, *inside_of_one}
+
+    def size(value: int) -> int:
+        described = segment.values[value]
+        return _aligned(FLOAT_BYTES * min(CHUNK, shape.rows(described.per)) * described.width)
+
     offsets: dict[int, int] = {}
     block_bytes = {"token": 0, "output": 0}
-    for value in sorted(inside, key=lambda value: made_in[value]):
-        described = segment.values[value]
-        size = _aligned(FLOAT_BYTES * min(CHUNK, shape.rows(described.per)) * described.width)
-        start = 0
+    for value, stage in made_in.items():  # in the order of stages
+        if value in bound:
+            continue
+        per, start = segment.values[value].per, 0
         for other in sorted(offsets, key=offsets.__getitem__):
-            theirs = segment.values[other]
-            if theirs.per != described.per or last_use.get(other, -1) < made_in[value]:
+            if segment.values[other].per != per or last_use.get(other, -1) < stage:
                 continue
-            if start + size <= offsets[other]:
+            if start + size(value) <= offsets[other]:
                 break
-            start = max(start, offsets[other] + _aligned(FLOAT_BYTES * min(CHUNK, shape.rows(theirs.per)) * theirs.width))
+            start = max(start, offsets[other] + size(other))
         offsets[value] = start
-        block_bytes[described.per] = max(block_bytes[described.per], start + size)
+        block_bytes[per] = max(block_bytes[per], start + size(value))
     return offsets, block_bytes
 
 

@@ -77,14 +77,17 @@ class Choice(NamedTuple):
 def choose(file: ModelFile, wanted: str, asked: Asked) -> Choice:
     """Return the backend that is asked for, or for `auto` those that could compute the model, the best first.
 
+    Two with a plus between them, `npu+auto`, are a backend for the prompts and one for the answers.
     Raises `UnknownBackend`; `BackendUnavailable` if the wanted one does not work here; `UnsupportedModel` if none that
     works computes the model.
     """
+    prompts, answers = split_name(wanted)
+    if prompts is not None:
+        choice = choose(file, answers, asked)
+        notes = (_as_asked(prompts), *choice.notes)
+        return Choice(tuple(f"{prompts}+{name}" for name in choice.names), notes)
     if wanted != "auto":
-        found = check(wanted)
-        if not found.available:
-            raise BackendUnavailable(wanted, found.reason)
-        return Choice((wanted,), (f"{wanted}: chosen, as asked for ({found.version})",))
+        return Choice((wanted,), (_as_asked(wanted),))
     ranked = _ranked(file, asked)
     reasons = reasons_of(ranked)
     usable = [seen for seen in ranked if not seen.why_not and not seen.simulated]
@@ -97,6 +100,19 @@ def choose(file: ModelFile, wanted: str, asked: Asked) -> Choice:
         names += (ORACLE,)  # should the others fail after all
     said = [seen.name for seen in ranked if seen.broken or (seen.name == names[0] and seen.fits)]
     return Choice(names, tuple(f"{name}: {reasons[name]}" for name in said))
+
+
+def split_name(backend: str) -> tuple[str | None, str]:
+    """Return the backend of the prompts, if they have one of their own, and that of the answers: `npu+llamacpp`."""
+    prompts, plus, answers = backend.partition("+")
+    return (prompts, answers) if plus else (None, backend)
+
+
+def _as_asked(name: str) -> str:
+    found = check(name)
+    if not found.available:
+        raise BackendUnavailable(name, found.reason)
+    return f"{name}: chosen, as asked for ({found.version})"
 
 
 def consider(file: ModelFile, asked: Asked, *, fresh: bool = False) -> tuple[Candidate, ...]:

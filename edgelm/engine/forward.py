@@ -111,7 +111,7 @@ class Engine:
         self._stop = threading.Event()
         self._closed = False
         self.prompts = prompts
-        self.times = prompts.times if prompts else Times()
+        self.times: Times = prompts.times if prompts else Times()
         self.pattern = pattern
         self.plan, self.window = plan, self._open_window(plan)
         self._prepare(plan)

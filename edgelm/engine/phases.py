@@ -7,7 +7,7 @@ count against the budget; the answers' stay first, the prompts' take what is lef
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,7 +33,7 @@ from edgelm.engine.registry import get_architecture
 from edgelm.errors import BudgetTooSmall
 from edgelm.files.model import ModelFile
 from edgelm.memory.arena import KVArena, cache_bytes
-from edgelm.memory.plan import MAX_SLOT_BYTES, N_SLOTS, Plan, job_s, make_plan
+from edgelm.memory.plan import MAX_SLOT_BYTES, N_SLOTS, Demand, Plan, job_s, make_plan
 from edgelm.memory.predict import Rates
 from edgelm.memory.stores import Store
 
@@ -60,12 +60,6 @@ class Sources(NamedTuple):
     loader: Store | None = None
 
 
-def split_name(backend: str) -> tuple[str | None, str]:
-    """Return the backend of the prompts, if they have one of their own, and that of the answers: `npu+llamacpp`."""
-    prompts, plus, answers = backend.partition("+")
-    return (prompts, answers) if plus else (None, backend)
-
-
 def until_cached(trace: Trace) -> Trace:
     """Return the part of a pass that fills the cache, up to the last attention; its output is of no use."""
     last = max(i for i, op in enumerate(trace.ops) if op.kind == "attend")
@@ -90,56 +84,58 @@ def prepare(answers: Phase, request: Request, process_bytes: int, prompts: Phase
 
 def _prepare_at(answers: Phase, prompts: Phase, request: Request, process_bytes: int, context: int) -> Prepared:
     trace = record(get_architecture(answers.file.architecture), answers.file, context)
-    traces = (trace, until_cached(trace))
-    models = [describe(one, phase.file.tensors, phase.file.gathered) for one, phase in zip(traces, (answers, prompts), strict=True)]
-    for model, phase in zip(models, (answers, prompts), strict=True):
+    parts = []
+    for one, phase in zip((trace, until_cached(trace)), (answers, prompts), strict=True):
+        model, can = describe(one, phase.file.tensors, phase.file.gathered), phase.backend.capabilities()
         check_types(model, phase.backend)
+        parts.append(_Part(model, phase.session, can.cache, phase.rates, can.streams))
     widest = next((chunk for chunk in CHUNKS if chunk <= context), CHUNKS[-1])
-    both = _Both(_Part.of(models[0], answers), _Part.of(models[1], prompts), context, widest, process_bytes, request.max_outputs)
+    both = _Both(parts[0], parts[1], context, widest, process_bytes, request.max_outputs)
     plan = both.plan(request.budget_bytes)
-    made = [
+    assert plan.prompts is not None
+    first, second = (
         Prepared(
-            model, one, phase.session, request, phase.file, process_bytes, phase.rates, phase.pattern,
-            phase.backend.capabilities().streams, phase.backend.capabilities().cache, cache_chunk=widest,
+            part.model, one, part.session, request, phase.file, process_bytes, phase.rates, phase.pattern,
+            part.streams, part.cache, cache_chunk=widest,
         )
-        for model, one, phase in zip(models, (plan, plan.prompts), (answers, prompts), strict=True)
-        if one is not None
-    ]  # fmt: skip
-    return replace(made[0], prompts=made[1])
+        for part, one, phase in zip(parts, (plan, plan.prompts), (answers, prompts), strict=True)
+    )  # fmt: skip
+    return replace(first, prompts=second)
 
 
 def replan(prepared: Prepared, engine: Engine, budget_bytes: int) -> Plan:
     """Return the plan of another budget for a running engine, as `loading.replan` does."""
     if prepared.prompts is None:
         return replan_one(prepared, engine, budget_bytes)
-    parts = [
+    answers, prompts = (
         _Part(one.model, one.session, one.cache, one.rates, one.streams) for one in (prepared, prepared.prompts)
-    ]
-    arena, request = engine.arena, prepared.request
-    return _Both(*parts, arena.context, arena.chunk, prepared.process_bytes, request.max_outputs).plan(budget_bytes)
+    )
+    arena, n_outputs = engine.arena, prepared.request.max_outputs
+    both = _Both(answers, prompts, arena.context, arena.chunk, prepared.process_bytes, n_outputs)
+    return both.plan(budget_bytes)
 
 
 def build(
     prepared: Prepared,
-    answers: Sources,
-    prompts: Sources | None = None,
+    sources: Sequence[Sources],
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Engine:
     """Allocate what the plan says and read the pinned weights, as `loading.build` does.
 
-    Two backends share one cache if both want it alike; else each has its own, and what one stores is handed over.
+    `sources`: of the answers, and of the prompts if another backend computes them. The two share one cache if both want
+    it alike; else each has its own, and what one stores is handed over.
     """
     before = prepared.prompts
-    if before is None or prompts is None:
-        return build_one(prepared, *answers, progress, cancelled)
+    if before is None:
+        return build_one(prepared, *sources[0], progress, cancelled)
     arena = KVArena(prepared.model.layers, prepared.plan.context, prepared.cache_chunk, prepared.cache)
     own = arena
     if before.cache != prepared.cache:
         own = KVArena(before.model.layers, before.plan.context, before.cache_chunk, before.cache)
-    first = build_one(before, *prompts, progress, cancelled, arena=own)
+    first = build_one(before, *sources[1], progress, cancelled, arena=own)
     try:
-        return build_one(prepared, *answers, progress, cancelled, arena=arena, prompts=first)
+        return build_one(prepared, *sources[0], progress, cancelled, arena=arena, prompts=first)
     except BaseException:
         first.close()
         raise
@@ -153,11 +149,6 @@ class _Part(NamedTuple):
     cache: CacheLayout
     rates: Rates | None
     streams: bool
-
-    @classmethod
-    def of(cls, model: Model, phase: Phase) -> _Part:
-        can = phase.backend.capabilities()
-        return cls(model, phase.session, can.cache, phase.rates, can.streams)
 
     def terms(self, context: int) -> Terms:
         return Terms(context, self.rates, self.streams, isinstance(self.session, Adopting))
@@ -179,9 +170,7 @@ class _Both:
             answers.model, answers.session, context, process_bytes, max_outputs, answers.cache,
             (chunk, answers.cache_bytes(context, chunk)), LEAST_PROMPT + max_outputs,
         )  # fmt: skip
-        self._prompting = Demands(
-            prompts.model, prompts.session, context, 0, 1, prompts.cache, (chunk, own_cache)
-        )
+        self._prompting = Demands(prompts.model, prompts.session, context, 0, 1, prompts.cache, (chunk, own_cache))
 
     def plan(self, budget_bytes: int) -> Plan:
         """Return the plan that answers soonest, prompt and answer together.
@@ -190,31 +179,38 @@ class _Both:
         """
         plans: list[Plan] = []
         for i in range(len(self._prompting)):
-            least = least_plan(self._prompts.model, self._prompting, i, self._terms[1])
-            roomy = least.planned_bytes + (N_SLOTS * MAX_SLOT_BYTES if least.streamed else 0)
-            for reserved in dict.fromkeys((self._resident_bytes(i), roomy, least.planned_bytes)):
+            for reserved, demand in self._reserved(i):
                 try:
-                    plan = self._with(i, least, reserved, budget_bytes)
+                    plan = self._with(demand, reserved, budget_bytes)
                 except BudgetTooSmall as error:
                     refused = error
                     continue
                 plans.append(plan)
-                if self._rates is None or not (plan.streamed or (plan.prompts and plan.prompts.streamed)):
+                assert plan.prompts is not None
+                if self._rates is None or not (plan.streamed or plan.prompts.streamed):
                     return plan
         if plans:
             return min(plans, key=job_s)
         items = (*refused.items, ("prompts on another backend", reserved))
         raise BudgetTooSmall(budget_bytes, refused.needed_bytes + reserved, items)
 
-    def _resident_bytes(self, i: int) -> int:
-        """Return what the prompts take with every weight in memory."""
-        return make_plan(self._prompts.model.matrices, [self._prompting[i]], LARGE_BYTES, *self._terms[1]).planned_bytes
+    def _reserved(self, i: int) -> Iterator[tuple[int, Demand]]:
+        """Yield what may be left to the prompts in passes of `chunks[i]` tokens, from all weights to the least."""
+        model, terms = self._prompts.model, self._terms[1]
+        demand = self._prompting[i]
+        resident = make_plan(model.matrices, [demand], LARGE_BYTES, *terms)
+        yield resident.planned_bytes, demand
+        least = least_plan(model, self._prompting, i, terms)
+        if least.streamed:
+            yield least.planned_bytes + N_SLOTS * MAX_SLOT_BYTES, least.demand
+            yield least.planned_bytes, least.demand
 
-    def _with(self, i: int, least: Plan, reserved: int, budget_bytes: int) -> Plan:
+    def _with(self, demand: Demand, reserved: int, budget_bytes: int) -> Plan:
         """Plan the answers with `reserved` bytes left out, then the prompts with what the answers leave."""
         answers = settle(self._answers.model, self._answering, budget_bytes - reserved, self._terms[0])
-        left = budget_bytes - answers.planned_bytes
-        prompts = agreed_plan(self._prompts.model, self._prompting, least.demand, left, self._terms[1])
-        prompts = prompts or replace(least, budget_bytes=left)
-        demand = replace(answers.demand, beside_bytes=prompts.planned_bytes)
-        return replace(answers, budget_bytes=budget_bytes, demand=demand, prompts=prompts)
+        left, model, terms = budget_bytes - answers.planned_bytes, self._prompts.model, self._terms[1]
+        prompts = make_plan(model.matrices, [demand], left, *terms)
+        if prompts.streamed or prompts.adopts:  # else it is one segment, as was guessed
+            prompts = agreed_plan(model, self._prompting, demand, left, terms) or prompts
+        both = replace(answers.demand, beside_bytes=prompts.planned_bytes)
+        return replace(answers, budget_bytes=budget_bytes, demand=both, prompts=prompts)

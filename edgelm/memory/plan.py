@@ -142,8 +142,8 @@ class Plan:
     def simulated(self) -> str | None:
         """What was simulated, by name: devices with slower flash, backends that only pretend to be a device."""
         parts = (self.rates, self.prompts.rates if self.prompts else None)
-        names = dict.fromkeys(rates.simulated for rates in parts if rates and rates.simulated)
-        return ", ".join(names) or None
+        named = [name for rates in parts if rates and rates.simulated for name in rates.simulated.split(", ")]
+        return ", ".join(dict.fromkeys(named)) or None
 
     def predicted_ttft_s(self, n_prompt: int) -> float:
         """Seconds from a prompt of `n_prompt` tokens to the first token of the answer."""
@@ -207,7 +207,8 @@ class Plan:
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.items())
-        lines = [f"budget {human(self.budget_bytes)}, context {self.context}, prompt passes of {self.chunk} tokens", ""]
+        chunk = (self.prompts or self).chunk
+        lines = [f"budget {human(self.budget_bytes)}, context {self.context}, prompt passes of {chunk} tokens", ""]
         lines += [f"  {name:<{width}}  {human(n_bytes):>8}" for name, n_bytes in self.items()]
         kept = sum(self.units[i].n_bytes for i in self.pinned)
         share = 100 * kept / self.pass_bytes if self.pass_bytes else 100.0
@@ -215,8 +216,8 @@ class Plan:
         lines[-1] += f"{human(self.streamed_bytes)} are read from flash" if self.streamed else "nothing is streamed"
         if self.prompts is not None:
             lines.append(
-                f"prompts on another backend: passes of {self.prompts.chunk} tokens, "
-                f"{human(self.prompts.pinned_bytes)} of {human(self.prompts.pass_bytes)} weights stay in memory"
+                f"prompts on another backend: {human(self.prompts.pinned_bytes)} of "
+                f"{human(self.prompts.pass_bytes)} weights stay in memory"
             )
         if self.predicted_decode_tps:
             lines.append(
