@@ -20,6 +20,8 @@ from edgelm.engine.demand import CHUNKS, RESERVE_BYTES
 from edgelm.engine.forward import Engine
 from edgelm.engine.health import open_session
 from edgelm.engine.loading import Prepared, Request, computable, default_context, layout_for, open_path
+from edgelm.engine.phased import PhasedEngine
+from edgelm.engine.phases import Phase, Sources, build, prepare
 from edgelm.engine.phases import Phase, Sources, build, prepare
 from edgelm.errors import (
     BackendUnavailable,
@@ -344,7 +346,7 @@ def with_flash(prepared: Prepared, engine: Engine) -> Prepared:
     engine.pattern = _pattern(engine.store, prepared.file, RESERVE_BYTES)
     rates = replace(prepared.rates, flash_bytes_per_s=engine.pattern.bytes_per_s)
     prompts = prepared.prompts
-    if prompts is not None and engine.prompts is not None and engine.prompts.pattern is None:
+    if prompts is not None and isinstance(engine, PhasedEngine) and engine.prompts.pattern is None:
         prompts = with_flash(prompts, engine.prompts)
     return replace(prepared, pattern=engine.pattern, rates=rates, prompts=prompts)
 

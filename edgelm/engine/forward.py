@@ -36,8 +36,6 @@ from edgelm.memory.window import N_READERS, Window
 BLOCK_TOKENS, NARROW_TOKENS = 512, 8
 FLASH_BOUND = 3.0
 """How much longer than computing reading must take for a pass to be one that only waits for flash."""
-LEAST_PROMPT = 16
-"""Tokens that are worth handing to the engine of the prompts, where there is one."""
 MAX_SHAPES = 3
 """Compiled shapes kept: the decode pass, the prompt chunk, and the rest of a prompt."""
 
@@ -96,9 +94,10 @@ class Engine:
         n_threads: int,
         max_outputs: int = 1,
         pattern: ReadPattern | None = None,
-        prompts: Engine | None = None,
+        *,
+        times: Times | None = None,
     ) -> None:
-        """`load` must be called before the first pass. `prompts` fills the cache where there is much to fill."""
+        """`load` must be called before the first pass. `times`: where to count, if not apart."""
         self.arena, self.session, self.max_outputs = arena, session, max_outputs
         self._model, self._tensors, self._pinned, self.store = model, model.tensors, pinned, store
         self.n_threads = n_threads
@@ -110,8 +109,7 @@ class Engine:
         self._steps: OrderedDict[PassShape, list[_Step]] = OrderedDict()
         self._stop = threading.Event()
         self._closed = False
-        self.prompts = prompts
-        self.times: Times = prompts.times if prompts else Times()
+        self.times = times or Times()
         self.pattern = pattern
         self.plan, self.window = plan, self._open_window(plan)
         self._prepare(plan)
@@ -148,21 +146,6 @@ class Engine:
 
     def carry_out(self, plan: Plan) -> None:
         """Go over to another plan between two passes. What it does not pin is given back first; the cache stays."""
-        prompts, theirs = self.prompts, plan.prompts
-        if prompts is None or theirs is None:
-            self._go_over(plan)
-            return
-        steps = [(prompts, theirs), (self, plan)]
-        if theirs.planned_bytes > prompts.plan.planned_bytes:  # who shrinks comes first
-            steps.reverse()
-        try:
-            for engine, part in steps:
-                engine._go_over(part)
-        except BaseException:
-            self.close()
-            raise
-
-    def _go_over(self, plan: Plan) -> None:
         before = self.window
         before.close()
         self._steps.clear()  # programs hold on to scratch memory and addresses
@@ -221,7 +204,7 @@ class Engine:
     @property
     def bytes_streamed(self) -> int:
         """Bytes of weights that passes have read from flash so far."""
-        return self.window.bytes_streamed + (self.prompts.bytes_streamed if self.prompts else 0)
+        return self.window.bytes_streamed
 
     def cancel(self, on: bool = True) -> None:
         """Break off the running pass (it raises `Cancelled`), from any thread; `on=False` allows passes again."""
@@ -230,8 +213,6 @@ class Engine:
         else:
             self._stop.clear()
         self.session.abort(on)
-        if self.prompts is not None:
-            self.prompts.cancel(on)
 
     def forward(
         self, ids: Sequence[int], n_outputs: int = 1, progress: Callable[[int], None] | None = None
@@ -242,19 +223,7 @@ class Engine:
         the plan. The result is valid until the next call. Raises `ContextOverflow`, or `Cancelled` with the passes
         before still stored. A closed engine counts as cancelled: a stream that was left half-way may still come back.
         """
-        if self._closed:
-            raise Cancelled("the model was closed")
-        if not 1 <= n_outputs <= min(len(ids), self.max_outputs):
-            raise ValueError(f"{n_outputs} rows of logits of {len(ids)} tokens; at most {self.max_outputs} are planned")
-        if self.n_past + len(ids) > self.plan.context:
-            raise ContextOverflow(self.n_past + len(ids), self.plan.context)
-        n_known = self._embedding.n_rows
-        if not 0 <= min(ids) <= max(ids) < n_known:
-            raise ConfigError(f"token ids must be in 0…{n_known - 1}, got {min(ids)}…{max(ids)}; use its tokenizer")
-        n_before = len(ids) - n_outputs
-        if self.prompts is not None and n_before >= LEAST_PROMPT:
-            self._fill(self.prompts, ids[:n_before], progress)
-            return self.forward(ids[n_before:], n_outputs)
+        self.check(ids, n_outputs)
         done = 0
         while (n_tokens := first_width(len(ids), done, self.plan.chunk, n_outputs)) < len(ids) - done:
             self._pass(ids[done : done + n_tokens], 1, final=False)
@@ -264,17 +233,17 @@ class Engine:
         self._pass(ids[done:], n_outputs, final=True)
         return self.workspace.logits(self._cut.tiles, n_outputs)
 
-    def _fill(self, prompts: Engine, ids: Sequence[int], progress: Callable[[int], None] | None) -> None:
-        """Let the engine of the prompts append `ids`; what it has stored counts, even if it is broken off."""
-        if prompts.arena is not self.arena:
-            prompts.arena.copy_from(self.arena)
-        try:
-            prompts.forward(ids, progress=progress)
-        finally:
-            if prompts.arena is not self.arena:
-                self.arena.copy_from(prompts.arena)
-        if progress is not None:
-            progress(len(ids))
+    def check(self, ids: Sequence[int], n_outputs: int) -> None:
+        """Raise what `forward` raises before it computes anything."""
+        if self._closed:
+            raise Cancelled("the model was closed")
+        if not 1 <= n_outputs <= min(len(ids), self.max_outputs):
+            raise ValueError(f"{n_outputs} rows of logits of {len(ids)} tokens; at most {self.max_outputs} are planned")
+        if self.n_past + len(ids) > self.plan.context:
+            raise ContextOverflow(self.n_past + len(ids), self.plan.context)
+        n_known = self._embedding.n_rows
+        if not 0 <= min(ids) <= max(ids) < n_known:
+            raise ConfigError(f"token ids must be in 0…{n_known - 1}, got {min(ids)}…{max(ids)}; use its tokenizer")
 
     def _pass(self, ids: Sequence[int], n_outputs: int, final: bool) -> None:
         n_tokens, arena, workspace = len(ids), self.arena, self.workspace
@@ -409,8 +378,6 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        if self.prompts is not None:
-            self.prompts.close()
         self._steps.clear()
         self.window.close()
         if self._adopted is not None:

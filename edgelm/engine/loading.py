@@ -140,19 +140,18 @@ def build(
     cancelled: Callable[[], bool] | None = None,
     *,
     arena: KVArena | None = None,
-    prompts: Engine | None = None,
+    make: Callable[..., Engine] = Engine,
 ) -> Engine:
     """Allocate what the plan says and read the pinned weights. The engine owns `store` and the session from here.
 
-    Also a cache that exists already, and the engine that computes the prompts, if another one does.
+    `arena`: a cache that exists already, which it then owns, too. `make` makes the engine.
     """
     model, plan, request = prepared.model, prepared.plan, prepared.request
     pinned = PinnedWeights(prepared.file.file_bytes)
     try:
         arena = arena or KVArena(model.layers, plan.context, plan.chunk, prepared.cache)
         session, n_threads, outputs = prepared.session, request.n_threads, request.max_outputs
-        pattern = prepared.pattern
-        engine = Engine(model, plan, pinned, arena, store, session, n_threads, outputs, pattern, prompts)
+        engine = make(model, plan, pinned, arena, store, session, n_threads, outputs, prepared.pattern)
         engine.load(loader, progress, cancelled)
     except BaseException:
         pinned.close()

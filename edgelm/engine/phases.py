@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgelm.engine.architecture import record
 from edgelm.engine.backend import Adopting, Backend, CacheLayout, Session
 from edgelm.engine.demand import CHUNKS, Demands, Model, describe
-from edgelm.engine.forward import LEAST_PROMPT, Engine
+from edgelm.engine.forward import Engine
 from edgelm.engine.ir import Op, Trace, Value
 from edgelm.engine.loading import (
     Prepared,
@@ -29,6 +30,7 @@ from edgelm.engine.loading import (
 from edgelm.engine.loading import build as build_one
 from edgelm.engine.loading import prepare as prepare_one
 from edgelm.engine.loading import replan as replan_one
+from edgelm.engine.phased import LEAST_PROMPT, PhasedEngine
 from edgelm.engine.registry import get_architecture
 from edgelm.errors import BudgetTooSmall
 from edgelm.files.model import ModelFile
@@ -135,7 +137,9 @@ def build(
         own = KVArena(before.model.layers, before.plan.context, before.cache_chunk, before.cache)
     first = build_one(before, *sources[1], progress, cancelled, arena=own)
     try:
-        return build_one(prepared, *sources[0], progress, cancelled, arena=arena, prompts=first)
+        return build_one(
+            prepared, *sources[0], progress, cancelled, arena=arena, make=partial(PhasedEngine, prompts=first)
+        )
     except BaseException:
         first.close()
         raise
