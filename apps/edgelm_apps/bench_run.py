@@ -144,6 +144,7 @@ def _row(about: Row, side: _Side, test: BenchTest | None, compared: bool) -> Row
         backend=facts.get("backend", about.backend) if ours else None,
         threads=facts.get("threads", about.threads),
         budget_bytes=facts.get("budget_bytes", about.budget_bytes),
+        simulated=facts.get("simulated", about.simulated),
         limit=side.process.limit if side.process and compared else None,
         test=str(test) if test else None,
         samples=tuple(test.n / answer["seconds"] for answer in side.answers) if test else (),

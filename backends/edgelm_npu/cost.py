@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from edgelm.engine.backend import PassShape
 from edgelm.engine.ir import AttendSpec, Op, Segment
 from edgelm_npu.devices import NpuDevice
-from edgelm_npu.lowering import Stage, Work, padded
+from edgelm_npu.lowering import Stage, Work, padded, stages, work_of
 from edgelm_npu.numbers import n_outliers
-from edgelm_npu.schedule import Task
+from edgelm_npu.schedule import Task, in_order, out_of_order
 
 FLOAT_BYTES, HALF_BYTES = 4, 2
 OPERATIONS = 10
@@ -45,3 +47,21 @@ def _seconds(op: Op, work: Work, segment: Segment, shape: PassShape, device: Npu
         operations = 2.0 * rows * length * spec.n_heads * dims
         return device.float_s(operations, HALF_BYTES * length * spec.n_kv_heads * dims + FLOAT_BYTES * numbers)
     return device.float_s(OPERATIONS * numbers, FLOAT_BYTES * numbers)
+
+
+class Prediction(NamedTuple):
+    """Simulated seconds of a pass, with tasks in the order given and out of order, and how long each side is busy."""
+
+    in_order_s: float
+    seconds: float
+    npu_s: float
+    cpu_s: float
+
+
+def predict(segment: Segment, shape: PassShape, device: NpuDevice) -> Prediction:
+    """Return how long a pass would take on a device of the table, every weight in memory."""
+    parts = stages(segment)
+    priced = tasks(work_of(parts, shape.n_tokens, shape.n_outputs), parts, segment, shape, device)
+    npu_s, cpu_s = (sum(task.seconds for task in priced if task.processor == name) for name in ("npu", "cpu"))
+    seconds = [schedule(priced, device.sync_s).seconds for schedule in (in_order, out_of_order)]
+    return Prediction(*seconds, npu_s, cpu_s)

@@ -12,9 +12,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from edgelm.engine import demand
 from edgelm.engine.architecture import record
 from edgelm.engine.backend import Adopting, Backend, CacheLayout, Session
-from edgelm.engine.demand import CHUNKS, Demands, Model, describe
+from edgelm.engine.demand import Demands, Model, describe
 from edgelm.engine.forward import Engine
 from edgelm.engine.ir import Op, Trace, Value
 from edgelm.engine.loading import (
@@ -91,7 +92,7 @@ def _prepare_at(answers: Phase, prompts: Phase, request: Request, process_bytes:
         model, can = describe(one, phase.file.tensors, phase.file.gathered), phase.backend.capabilities()
         check_types(model, phase.backend)
         parts.append(_Part(model, phase.session, can.cache, phase.rates, can.streams))
-    widest = next((chunk for chunk in CHUNKS if chunk <= context), CHUNKS[-1])
+    widest = next((chunk for chunk in demand.CHUNKS if chunk <= context), demand.CHUNKS[-1])
     both = _Both(parts[0], parts[1], context, widest, process_bytes, request.max_outputs)
     plan = both.plan(request.budget_bytes)
     assert plan.prompts is not None
@@ -183,9 +184,9 @@ class _Both:
         """
         plans: list[Plan] = []
         for i in range(len(self._prompting)):
-            for reserved, demand in self._reserved(i):
+            for reserved, needed in self._reserved(i):
                 try:
-                    plan = self._with(demand, reserved, budget_bytes)
+                    plan = self._with(needed, reserved, budget_bytes)
                 except BudgetTooSmall as error:
                     refused = error
                     continue
@@ -201,20 +202,19 @@ class _Both:
     def _reserved(self, i: int) -> Iterator[tuple[int, Demand]]:
         """Yield what may be left to the prompts in passes of `chunks[i]` tokens, from all weights to the least."""
         model, terms = self._prompts.model, self._terms[1]
-        demand = self._prompting[i]
-        resident = make_plan(model.matrices, [demand], LARGE_BYTES, *terms)
-        yield resident.planned_bytes, demand
+        whole = self._prompting[i]
+        yield make_plan(model.matrices, [whole], LARGE_BYTES, *terms).planned_bytes, whole
         least = least_plan(model, self._prompting, i, terms)
         if least.streamed:
             yield least.planned_bytes + N_SLOTS * MAX_SLOT_BYTES, least.demand
             yield least.planned_bytes, least.demand
 
-    def _with(self, demand: Demand, reserved: int, budget_bytes: int) -> Plan:
+    def _with(self, needed: Demand, reserved: int, budget_bytes: int) -> Plan:
         """Plan the answers with `reserved` bytes left out, then the prompts with what the answers leave."""
         answers = settle(self._answers.model, self._answering, budget_bytes - reserved, self._terms[0])
         left, model, terms = budget_bytes - answers.planned_bytes, self._prompts.model, self._terms[1]
-        prompts = make_plan(model.matrices, [demand], left, *terms)
+        prompts = make_plan(model.matrices, [needed], left, *terms)
         if prompts.streamed or prompts.adopts:  # else it is one segment, as was guessed
-            prompts = agreed_plan(model, self._prompting, demand, left, terms) or prompts
+            prompts = agreed_plan(model, self._prompting, needed, left, terms) or prompts
         both = replace(answers.demand, beside_bytes=prompts.planned_bytes)
         return replace(answers, budget_bytes=budget_bytes, demand=both, prompts=prompts)

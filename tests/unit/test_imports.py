@@ -22,6 +22,7 @@ SOURCES = {
     "edgelm_llamacpp": ROOT / "backends/edgelm_llamacpp",
     "edgelm_mlx": ROOT / "backends/edgelm_mlx",
     "edgelm_onnx": ROOT / "backends/edgelm_onnx",
+    "edgelm_npu": ROOT / "backends/edgelm_npu",
     "edgelm_models": ROOT / "models/edgelm_models",
     "edgelm_apps": ROOT / "apps/edgelm_apps",
 }
@@ -62,6 +63,7 @@ FOLDER_LINES = {  # raised only on purpose
     "backends/edgelm_llamacpp": 1200,
     "backends/edgelm_onnx": 2300,  # kernels are found in memory, and every operator is written out
     "backends/edgelm_mlx": 1200,
+    "backends/edgelm_npu": 1000,
     "models/edgelm_models": 2100,
     "apps/edgelm_apps": 3500,
 }
@@ -153,6 +155,13 @@ def test_backends_know_the_contract_only(package: str) -> None:
             assert not wrong(name, BACKEND_MAY, own=package), name
 
 
+def test_the_npu_knows_the_backend_that_computes_beside_it() -> None:
+    beside = {name for name in MODULES if name.partition(".")[0] == "edgelm_numpy"}
+    for name in MODULES:
+        if name.partition(".")[0] == "edgelm_npu":
+            assert not wrong(name, BACKEND_MAY | beside, own="edgelm_npu"), name
+
+
 def test_catalogue_and_cache_know_no_engine() -> None:
     architectures = {*registry.ARCHITECTURES.values(), *SHARED_BY_ARCHITECTURES}
     for name in MODULES:
@@ -177,11 +186,11 @@ def test_importing_edgelm_loads_the_standard_library_and_numpy_only() -> None:
     assert loaded <= {"edgelm", "numpy"}
 
 
-@pytest.mark.parametrize("package", ["edgelm_numpy", "edgelm_llamacpp", "edgelm_mlx", "edgelm_onnx"])
+@pytest.mark.parametrize("package", ["edgelm_numpy", "edgelm_llamacpp", "edgelm_mlx", "edgelm_npu", "edgelm_onnx"])
 def test_importing_a_backend_does_not_import_its_library(package: str) -> None:
     code = f"import sys, {package}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"llama_cpp", "mlx", "click", "tqdm", "tokenizers", "jinja2"} & set(done.stdout.split())
+    assert not {"llama_cpp", "mlx", "onnxruntime", "click", "tqdm", "tokenizers", "jinja2"} & set(done.stdout.split())
 
 
 def test_all_is_the_documented_surface() -> None:
