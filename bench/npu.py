@@ -59,7 +59,7 @@ def predictions(model: Path) -> list[dict[str, Any]]:
         prompt, token = (predict(segment, PassShape(n, 1, groups), device) for n in (N_PROMPT, 1))
         found.append(
             {
-                "device (simulated)": f"{device.name}, {device.about}",
+                "simulated device": f"{device.name}, {device.about}",
                 "in order ms": prompt.in_order_s * 1e3,
                 "out of order ms": prompt.seconds * 1e3,
                 "prompt tok/s": N_PROMPT / prompt.seconds,
@@ -79,7 +79,8 @@ def main() -> None:
     from edgelm.text.tokenizer import load_tokenizer
     from edgelm_npu import numbers
 
-    report = common.Report("npu", {"threads": args.threads, "tokens": args.tokens, "prompt": N_PROMPT, "simulated": True})
+    conditions = {"threads": args.threads, "tokens": args.tokens, "prompt": N_PROMPT, "simulated": "every time"}
+    report = common.Report("npu", conditions)
     usual = numbers.OUTLIERS
     for name in args.models:
         model = common.find_model(name)
@@ -88,10 +89,11 @@ def main() -> None:
         for numbers.OUTLIERS in OUTLIERS:
             ours = log_softmax(logits_of(model, ids, "npu", args.threads))
             label = " (the default)" if usual == numbers.OUTLIERS else ""
-            report.add({"model": name, "outliers": f"{numbers.OUTLIERS}{label}", **compared(ours, oracle)})
+            found = compared(ours, oracle)
+            report.add("against the oracle", model=name, outliers=f"{numbers.OUTLIERS}{label}", **found)
         numbers.OUTLIERS = usual
         for row in predictions(model):
-            report.add({"model": name, **row})
+            report.add("predicted, simulated", model=name, **row)
     report.finish()
 
 
