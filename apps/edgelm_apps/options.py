@@ -86,8 +86,8 @@ def engine_options(command: F) -> F:
         click.option(
             "--backend",
             metavar="NAME",
-            help="What computes; `edgelm backends MODEL` compares them. Two with a plus: npu+llamacpp computes prompts on the "
-            "first and answers on the second. [default: the fastest healthy one]",
+            help="What computes; `edgelm backends MODEL` compares them. Two with a plus between them: prompts on the "
+            "first, answers on the second (npu+llamacpp). [default: the fastest healthy one]",
         ),
         _threads,
         _context,

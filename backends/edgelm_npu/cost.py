@@ -63,5 +63,5 @@ def predict(segment: Segment, shape: PassShape, device: NpuDevice) -> Prediction
     parts = stages(segment)
     priced = tasks(work_of(parts, shape.n_tokens, shape.n_outputs), parts, segment, shape, device)
     npu_s, cpu_s = (sum(task.seconds for task in priced if task.processor == name) for name in ("npu", "cpu"))
-    seconds = [schedule(priced, device.sync_s).seconds for schedule in (in_order, out_of_order)]
-    return Prediction(*seconds, npu_s, cpu_s)
+    before_s, after_s = (schedule(priced, device.sync_s).seconds for schedule in (in_order, out_of_order))
+    return Prediction(before_s, after_s, npu_s, cpu_s)

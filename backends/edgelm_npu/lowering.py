@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from edgelm.engine.ir import Op, Placed, Segment, place
+from edgelm.engine.ir import Op, Per, Placed, Segment, place
 
 WIDTHS = (1, 16, 128)
 """Rows that NPU programs are compiled for; a chunk with fewer is filled up with zeros."""
@@ -34,7 +34,7 @@ class Stage(NamedTuple):
     """
 
     kind: Kind
-    per: str
+    per: Per
     ops: tuple[Op, ...]
     weights: tuple[int, ...]
     placed: Placed | None
@@ -60,7 +60,7 @@ class Work(NamedTuple):
 
 def stages(segment: Segment) -> tuple[Stage, ...]:
     """Return the stages of a segment, in order. A product of a product begins a new stage."""
-    groups: list[tuple[Kind, str, list[int]]] = []
+    groups: list[tuple[Kind, Per, list[int]]] = []
     made_here: set[int] = set()
     for i, op in enumerate(segment.ops):
         kind: Kind = "npu" if op.kind == "linear" else "select" if op.kind == "select" else "cpu"
@@ -88,7 +88,7 @@ class _Lister:
 
     def __init__(self, parts: tuple[Stage, ...]) -> None:
         self.parts, self.work = parts, list[Work]()
-        self.last: dict[tuple[str, int], tuple[int, ...]] = {}
+        self.last: dict[tuple[Per, int], tuple[int, ...]] = {}
         self._stored: dict[int, int] = {}  # the chunk before, of stages that keep order
 
     def add(self, stage: int, chunk: int, rows: int) -> None:

@@ -6,7 +6,7 @@ Both parts are added up, in whichever order they come: the sum of two floats doe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from edgelm_npu.layout import TILE, row_bytes, tiles
 from edgelm_npu.lowering import CHUNK, Stage, padded
 from edgelm_npu.numbers import Codes, Doubles, Floats, Outliers, integer_product
 from edgelm_numpy.lanes import Lanes
+
+if TYPE_CHECKING:
+    from edgelm_npu.compiled import CompiledProducts
 
 LANE_FLOATS = 1 << 18
 """Memory of a lane (1 MiB), if one tile does not need more."""
@@ -63,6 +66,8 @@ class Product(NamedTuple):
     space: Space
     work: Floats
     lanes: Lanes
+    device: CompiledProducts | None = None
+    """Who computes in 8 bits, if not this processor in an NPU's place."""
 
     def on_the_npu(self, add: bool) -> None:
         """Multiply in 8 bits all channels but the outliers."""
@@ -70,6 +75,10 @@ class Product(NamedTuple):
         codes = self.work[: padded(rows) * width].reshape(-1, width)
         self.outliers.codes(self.x, codes)
         steps = self.outliers.steps
+        if self.device is not None:
+            made = self.device.multiply(self.raw, codes[:rows], self.out.shape[1]) * steps
+            _put(made, self.out, add)
+            return
 
         def multiply(weights: Codes, scales: Floats, out: Floats, lane: Floats) -> None:
             n, held = weights.shape[:2]
@@ -123,7 +132,7 @@ class Product(NamedTuple):
 
 
 def _put(made: Floats | Doubles, out: Floats, add: bool) -> None:
-    """Write [tiles, rows, 32] to `out`, rounded to float32, or add it."""
+    """Write what was made to `out`, rounded to float32, or add it."""
     if add:
         out += made.astype(np.float32, copy=False)
     else:

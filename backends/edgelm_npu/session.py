@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +30,17 @@ from edgelm_numpy.frame import at
 from edgelm_numpy.lanes import Lanes, quiet
 from edgelm_numpy.session import ALIGNMENT, NumpySession
 
+if TYPE_CHECKING:
+    from edgelm_npu.compiled import CompiledProducts
+
 FLOAT_BYTES = 4
 
 
 class NpuSession:
-    """Computes as an NPU and the processor beside it would, on this processor."""
+    """Computes as an NPU and the processor beside it would, on this processor.
+
+    `device` is the one of the table whose times decide the order.
+    """
 
     def __init__(self, n_threads: int, device: NpuDevice = DEVICES[DEFAULT]) -> None:
         self.host, self.device = _Host(n_threads), device
@@ -42,7 +49,7 @@ class NpuSession:
     def lanes(self) -> Lanes:
         return self.host.lanes
 
-    def compile(self, segment: Segment, shape: PassShape) -> NpuProgram:
+    def compile(self, segment: Segment, shape: PassShape) -> Program:
         """Lower a segment. Raises `UnsupportedModel` for a matrix of a type that cannot be converted to 8 bits."""
         return NpuProgram(self.host, segment, shape, self.device)
 
@@ -67,6 +74,8 @@ class _Host(NumpySession):
     """The processor's part. The first `front_bytes` of its scratch memory are the NPU program's that runs."""
 
     front_bytes = 0
+    compiled: CompiledProducts | None = None
+    """A device that computes products in 8 bits, if this processor does not in its place."""
 
     def scratch(self, n_bytes: int) -> NDArray[np.uint8]:
         return super().scratch(self.front_bytes + n_bytes)[self.front_bytes :]
@@ -227,7 +236,7 @@ class _Run:
     def _product(self, work: Work, part: Stage) -> None:
         add = (work.stage, work.chunk) in self._begun
         self._begun.add((work.stage, work.chunk))
-        lanes, space = self._program.host.lanes, self._recipe.space
+        host, space = self._program.host, self._recipe.space
         found: dict[int, Outliers] = {}  # of inputs that several products of the stage share
         for op, first in zip(part.ops, part.weights, strict=True):
             matrix, *biases = op.weights
@@ -235,7 +244,7 @@ class _Run:
             if op.inputs[0] not in found:
                 found[op.inputs[0]] = Outliers.of(x)
             raw = at(self._bindings.weights[first], (matrix.rows * packed_row_bytes(matrix.width),), np.uint8)
-            product = Product(x, found[op.inputs[0]], out, raw, space, self._products, lanes)
+            product = Product(x, found[op.inputs[0]], out, raw, space, self._products, host.lanes, host.compiled)
             if work.part == "outliers":
                 product.of_outliers(add)
             else:

@@ -56,14 +56,14 @@ FOLDER_LINES = {  # raised only on purpose
     "edgelm/files": 2900,
     "edgelm/text": 2900,
     "edgelm/memory": 3400,
-    "edgelm/engine": 4800,
+    "edgelm/engine": 5200,
     "edgelm/testing": 2200,
     "edgelm/parity": 1100,
     "backends/edgelm_numpy": 1200,
     "backends/edgelm_llamacpp": 1200,
     "backends/edgelm_onnx": 2300,  # kernels are found in memory, and every operator is written out
     "backends/edgelm_mlx": 1200,
-    "backends/edgelm_npu": 1000,
+    "backends/edgelm_npu": 1400,
     "models/edgelm_models": 2100,
     "apps/edgelm_apps": 3500,
 }
