@@ -22,7 +22,6 @@ from edgelm.engine.health import open_session
 from edgelm.engine.loading import Prepared, Request, computable, default_context, layout_for, open_path
 from edgelm.engine.phased import PhasedEngine
 from edgelm.engine.phases import Phase, Sources, build, prepare
-from edgelm.engine.phases import Phase, Sources, build, prepare
 from edgelm.errors import (
     BackendUnavailable,
     BudgetTooSmall,

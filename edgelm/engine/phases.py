@@ -86,10 +86,11 @@ def prepare(answers: Phase, request: Request, process_bytes: int, prompts: Phase
 
 
 def _prepare_at(answers: Phase, prompts: Phase, request: Request, process_bytes: int, context: int) -> Prepared:
-    trace = record(get_architecture(answers.file.architecture), answers.file, context)
-    parts = []
-    for one, phase in zip((trace, until_cached(trace)), (answers, prompts), strict=True):
-        model, can = describe(one, phase.file.tensors, phase.file.gathered), phase.backend.capabilities()
+    architecture, parts = get_architecture(answers.file.architecture), []
+    for phase in (answers, prompts):
+        trace, can = record(architecture, phase.file, context), phase.backend.capabilities()
+        trace = trace if phase is answers else until_cached(trace)
+        model = describe(trace, phase.file.tensors, phase.file.gathered)
         check_types(model, phase.backend)
         parts.append(_Part(model, phase.session, can.cache, phase.rates, can.streams))
     widest = next((chunk for chunk in demand.CHUNKS if chunk <= context), demand.CHUNKS[-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import pytest
 from hypothesis import given
@@ -34,7 +34,7 @@ def violations(tasks: list[Task], made: Schedule, sync_s: float) -> list[str]:
     for processor in ("cpu", "npu"):
         # of two that begin together only one may take time, and it comes last
         mine = sorted((made.starts_s[i], ends[i]) for i, task in enumerate(tasks) if task.processor == processor)
-        found += [f"{b} overlaps {a} on {processor}" for a, b in zip(mine, mine[1:], strict=False) if b[0] < a[1]]
+        found += [f"{b} overlaps {a} on {processor}" for a, b in pairwise(mine) if b[0] < a[1]]
     place = {i: at for at, i in enumerate(made.order)}
     found += [f"{i} is computed before {j}" for i, task in enumerate(tasks) for j in task.after if place[i] < place[j]]
     if sorted(made.order) != list(range(len(tasks))):
