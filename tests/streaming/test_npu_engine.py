@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +69,21 @@ def test_real_answers_are_those_of_the_processor_on_the_same_cache(
     finally:
         both.engine.close()
         alone.engine.close()
+
+
+@pytest.mark.models
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["130MB", "200MB", "320MB"])
+def test_two_backends_stay_within_one_budget(real_model: Callable[[str], Path], memory: str) -> None:
+    """From nearly all weights streamed to all in memory; a process of its own, whose peak the kernel tells."""
+    argv = [sys.executable, "-m", "edgelm_apps.cli", "run", str(real_model("smollm2-135m-instruct"))]
+    argv += [TEXT.read_text(encoding="utf-8")[:1500], "--raw", "--max-tokens", "8", "--context", "1024", "--json"]
+    argv += ["--backend", "npu+numpy", "--memory", memory, "--threads", "2"]
+    done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True)
+    answer = json.loads(done.stdout)
+    assert answer["simulated"] == "npu"
+    assert 0 < answer["stats"]["peak_bytes"] <= answer["budget_bytes"]
+    assert (answer["stats"]["bytes_streamed"] > 0) == (memory != "320MB")
 
 
 def logits_of(path: Path, backend: str) -> NDArray[np.float32]:
