@@ -7,6 +7,7 @@ there so that an application can be written and tested before the device arrives
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from edgelm.engine.backend import Availability, Capabilities
@@ -39,7 +40,12 @@ class NpuBackend:
     def identity(self) -> str:
         from edgelm_npu.providers import VARIABLE
 
-        return f"{__file__} {os.environ.get(VARIABLE, '')}"
+        facts = [__file__, os.environ.get(VARIABLE, "")]
+        if facts[1]:
+            found = find_spec("onnxruntime")
+            if found is not None and found.origin:
+                facts += [found.origin, os.stat(found.origin).st_mtime_ns]
+        return " ".join(map(str, facts))
 
     def capabilities(self) -> Capabilities:
         from edgelm_npu.providers import wanted

@@ -6,6 +6,7 @@ what was measured of one.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import itertools
 from dataclasses import replace
@@ -33,7 +34,7 @@ _OPSET, _IR_VERSION = 13, 8
 
 
 class CompiledProducts:
-    """The sessions of one provider, by where their matrix lies."""
+    """The sessions of one provider, one for each matrix."""
 
     def __init__(self, provider: Provider, options: dict[str, str]) -> None:
         """Raises `BackendUnavailable` if ONNX Runtime or the provider is not here, or has no such device."""
@@ -49,7 +50,8 @@ class CompiledProducts:
             raise BackendUnavailable(
                 "npu", f"this ONNX Runtime has no {provider.execution_provider} ({here})", f"install {provider.package}"
             )
-        self._sessions: dict[int, Any] = {}
+        self._sessions: dict[bytes, Any] = {}
+        self._keys: dict[int, bytes] = {}  # of matrices, by where they lie
         weights = np.eye(TILE, dtype=np.int8)
         x = np.arange(CHUNK * TILE, dtype=np.float32).reshape(CHUNK, TILE) % 100
         if not np.allclose(self._run(self._compile(weights, np.ones(TILE, np.float32)), x), x, atol=0.1):
@@ -61,11 +63,16 @@ class CompiledProducts:
         return f"{self._provider.name} on its {device}, ONNX Runtime {self._runtime.__version__}"
 
     def add(self, raw: NDArray[np.uint8], width: int, outputs: int) -> None:
-        """Compile a packed matrix, which must lie there until `drop`."""
-        self._sessions[raw.ctypes.data] = self._compile(*_unpacked(raw, width, outputs))
+        """Compile a packed matrix, which must lie there until `drop`; once, however often it is added."""
+        key = hashlib.blake2b(memoryview(raw), key=f"{width} x {outputs}".encode()).digest()
+        if key not in self._sessions:
+            self._sessions[key] = self._compile(*_unpacked(raw, width, outputs))
+        self._keys[raw.ctypes.data] = key
 
     def drop(self, raw: NDArray[np.uint8]) -> None:
-        self._sessions.pop(raw.ctypes.data, None)
+        key = self._keys.pop(raw.ctypes.data, None)
+        if key is not None and key not in self._keys.values():
+            del self._sessions[key]
 
     def multiply(self, raw: NDArray[np.uint8], codes: Floats, outputs: int) -> Floats:
         """Return the products [rows, outputs] of `codes` [rows, width], whole numbers, with a packed matrix.
@@ -73,7 +80,8 @@ class CompiledProducts:
         One that was not added is compiled for this once.
         """
         rows, width = codes.shape
-        session = self._sessions.get(raw.ctypes.data) or self._compile(*_unpacked(raw, width, outputs))
+        key = self._keys.get(raw.ctypes.data)
+        session = self._compile(*_unpacked(raw, width, outputs)) if key is None else self._sessions[key]
         filled = np.zeros((CHUNK, width), np.float32)
         filled[:rows] = codes
         return self._run(session, filled)[:rows]
