@@ -44,12 +44,12 @@ class NpuBackend:
         if facts[1]:
             found = find_spec("onnxruntime")
             if found is not None and found.origin:
-                facts += [found.origin, os.stat(found.origin).st_mtime_ns]
-        return " ".join(map(str, facts))
+                facts += [found.origin, str(os.stat(found.origin).st_mtime_ns)]
+        return " ".join(facts)
 
     def capabilities(self) -> Capabilities:
+        from edgelm.files.blocks import TYPES
         from edgelm_npu.providers import wanted
-        from edgelm_numpy.dequantize import TYPES
 
         simulated = wanted() is None
         return Capabilities(TYPES, streams=simulated, simulated=simulated)  # a provider copies: weights cannot move

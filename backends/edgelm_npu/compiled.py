@@ -64,7 +64,7 @@ class CompiledProducts:
 
     def add(self, raw: NDArray[np.uint8], width: int, outputs: int) -> None:
         """Compile a packed matrix, which must lie there until `drop`; once, however often it is added."""
-        key = hashlib.blake2b(memoryview(raw), key=f"{width} x {outputs}".encode()).digest()
+        key = hashlib.blake2b(raw.tobytes(), key=f"{width} x {outputs}".encode()).digest()
         if key not in self._sessions:
             self._sessions[key] = self._compile(*_unpacked(raw, width, outputs))
         self._keys[raw.ctypes.data] = key

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from edgelm.engine.backend import Packed
 from edgelm.files import ggml_types
+from edgelm.files.blocks import TYPES, dequantize
 from edgelm_npu.numbers import Codes, Floats, quantize
-from edgelm_numpy.dequantize import TYPES, dequantize
 
 if TYPE_CHECKING:
     from edgelm.files.model import TensorInfo

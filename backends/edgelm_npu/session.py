@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edgelm.engine.backend import Bindings, PassShape, Program
 from edgelm.engine.ir import Op, Placed, Segment
 from edgelm.errors import UnsupportedModel
+from edgelm.files.blocks import TYPES, dequantize
 from edgelm.files.ggml_types import row_bytes
 from edgelm_npu.cost import tasks
 from edgelm_npu.devices import DEFAULT, DEVICES, NpuDevice
@@ -25,7 +26,6 @@ from edgelm_npu.lowering import CHUNK, Stage, Work, n_chunks, stages, work_of
 from edgelm_npu.numbers import Floats, Outliers
 from edgelm_npu.products import Product, Space
 from edgelm_npu.schedule import out_of_order
-from edgelm_numpy.dequantize import TYPES, dequantize
 from edgelm_numpy.frame import at
 from edgelm_numpy.lanes import Lanes, quiet
 from edgelm_numpy.session import ALIGNMENT, NumpySession
