@@ -9,7 +9,8 @@ from edgelm.engine.choosing import Asked, Candidate, consider
 from edgelm.engine.loading import open_path
 from edgelm.engine.weighed import UNKNOWN
 from edgelm.errors import BackendUnavailable, BudgetTooSmall, EdgeLMError, UnsupportedModel
-from edgelm.opening import budget_of, device_of, get_ready, threads_of
+from edgelm.opening import get_ready
+from edgelm.resources import budget_of, device_of, threads_of
 
 
 def candidates(

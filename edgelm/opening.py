@@ -25,7 +25,6 @@ from edgelm.engine.phases import Phase, Sources, build, prepare
 from edgelm.errors import (
     BackendUnavailable,
     BudgetTooSmall,
-    ConfigError,
     EdgeLMError,
     PreparationError,
     UnsupportedModel,
@@ -39,8 +38,9 @@ from edgelm.memory.platform import current_platform
 from edgelm.memory.platform.allocator import trim, tune_allocator
 from edgelm.memory.stores import Store, ThrottledStore, open_store
 from edgelm.memory.verified import verified
-from edgelm.simulated import Device, get_device
-from edgelm.sizes import MB, human, parse_size
+from edgelm.resources import budget_of, device_of, threads_of
+from edgelm.simulated import Device
+from edgelm.sizes import MB, human
 from edgelm.text.tables import FORMAT
 from edgelm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -53,8 +53,6 @@ MEASURING_BYTES = 100 * MB
 """Memory that measuring the device may take where the budget has it: weights must not fit into a cache."""
 SPARE_BYTES = 8 * MB
 """What measuring leaves of the budget."""
-SPARE_SHARE = 0.8
-"""Share of the available memory that a model without a stated budget may take: the rest is the device's margin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,17 +319,6 @@ def _in_layout(
     return file, file, (*told, f"prepared for the {backend.name} backend: {where}"), lost
 
 
-def device_of(simulate: str | None, threads: int | None) -> Device | None:
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads must be at least 1, got {threads}")
-    return get_device(simulate) if simulate is not None else None
-
-
-def threads_of(threads: int | None, device: Device | None) -> int:
-    cores = current_platform().cores()
-    return threads or (min(cores, device.n_threads) if device else cores)
-
-
 def _old_tables(file: ModelFile) -> tuple[str, ...]:
     if file.pack is None or file.pack.has_tables(FORMAT):
         return ()
@@ -370,23 +357,6 @@ def _process_bytes(file: ModelFile) -> int:
     """Return what the process takes before a model's memory, with what the first chat will still import."""
     late = TEMPLATE_BYTES if "tokenizer.chat_template" in file.metadata and "jinja2" not in sys.modules else 0
     return Meter().sample().rss_bytes + late
-
-
-def budget_of(memory: str | int | None, device: Device | None) -> tuple[int, tuple[str, ...]]:
-    """Return the budget in bytes and, if nobody stated one or a device is simulated, a sentence on that."""
-    simulated = (
-        (f"simulated flash of {device}; the processor is this machine's own, not slowed down",) if device else ()
-    )
-    if memory is None and device:
-        memory = device.memory_bytes
-    if memory is not None:
-        return parse_size(memory), simulated
-    platform = current_platform()
-    available = platform.available_bytes() + platform.rss_bytes()
-    budget = int(available * SPARE_SHARE)
-    return budget, (
-        f"no --memory given: {human(budget)} is the budget, {SPARE_SHARE:.0%} of the {human(available)} free here",
-    )
 
 
 def concessions(plan: Plan, wanted: int) -> tuple[str, ...]:

@@ -397,7 +397,7 @@ def test_a_known_choice_is_quick_and_loads_no_other_library(install_backend, pat
         install_backend(name, LIBRARY.format(name=name, seconds=seconds))
     code = (
         "import sys, time, edgelm; from edgelm.engine import registry, choosing\n"
-        "from edgelm.files.index import open_indexed; from edgelm.opening import threads_of\n"
+        "from edgelm.files.index import open_indexed; from edgelm.resources import threads_of\n"
         "choosing.backend_names = lambda: [n for n in registry.backend_names() if n in ('slow', 'fast', 'numpy')]\n"
         f"file = open_indexed({str(path)!r}); threads_of(None, None)\n"
         f"asked = choosing.Asked({str(path)!r}, 400_000_000, 1, 32)\n"

@@ -75,7 +75,7 @@ def test_everything_is_labelled(model_file: Path) -> None:
     said = "the processor is this machine's own, not slowed down"
     assert usage.simulated == plan.simulated == plan.as_dict()["simulated"] == SLOWEST
     assert f"simulated flash of {SLOWEST} (45 MB/s, 0.5 ms a read); {said}" in notes
-    assert f"simulated flash of {SLOWEST}; {said}" in str(plan)
+    assert f"simulated: {SLOWEST}; {said}" in str(plan)
 
 
 def test_nothing_is_labelled_without(model_file: Path) -> None:
