@@ -20,10 +20,10 @@ from edgelm_onnx import proto
 from edgelm_onnx.attention import cache_rows, is_fused
 from edgelm_onnx.host import HostStep, array, host_step
 from edgelm_onnx.kernels import Pointers, find_marked, marked
-from edgelm_onnx.lowering import Slot
+from edgelm_onnx.lowering import Lowered, Slot
 from edgelm_onnx.pieces import Piece, Pieces
 from edgelm_onnx.runtime import Binding, Graph
-from edgelm_onnx.scratch import lowered_once, places
+from edgelm_onnx.scratch import places
 
 if TYPE_CHECKING:
     from edgelm_onnx.session import OnnxSession
@@ -59,8 +59,8 @@ class Angles:
 class SharedGraph:
     """The graph of a piece. Its packed stand-ins are given back at once."""
 
-    def __init__(self, segment: Segment, single: bool) -> None:
-        self.lowered = low = lowered_once(segment, single)
+    def __init__(self, low: Lowered) -> None:
+        self.lowered = low
         forms = {name: product.form for name, product in low.products.items()}
         stands, arrays = marked(forms)
         model = proto.model(low.nodes, low.ports(low.inputs), low.ports(low.outputs), low.constants, stands)

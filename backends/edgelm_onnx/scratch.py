@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from edgelm.engine.backend import PassShape
 from edgelm.engine.ir import Segment
 from edgelm_onnx.kernels import ALIGNMENT, Form
 from edgelm_onnx.layout import floats_bytes
-from edgelm_onnx.lowering import Lowered, lower
+from edgelm_onnx.lowering import Lowered
 from edgelm_onnx.memory import SEARCH_BYTES, Bytes
 from edgelm_onnx.pieces import Piece, Pieces
 from edgelm_onnx.runtime import ARENA_BYTES, ARENA_SHARE
@@ -55,25 +54,22 @@ def places(pieces: Pieces, segment: Segment, shape: PassShape) -> Places:
     return Places(offsets, total)
 
 
-def graph_bytes(piece: Piece, shape: PassShape) -> int:
-    """Return what a piece needs beside the values that are bound: to run, or once to be made, whichever is more."""
+def graph_bytes(piece: Piece, lowered: Lowered | None, shape: PassShape) -> int:
+    """Return what a piece needs beside the values that are bound: to run, or once to be made, whichever is more.
+
+    `lowered` is None for pieces that NumPy computes.
+    """
     op = piece.segment.ops[0]
     if op.kind == "left_over":
         return 8 * op.weights[0].rows * op.weights[0].width
-    if piece.on_host:
+    if lowered is None:
         return 12 * piece.segment.values[op.output].width * (_ROWS_AT_ONCE if op.kind == "embed" else 0)
-    lowered = lowered_once(piece.segment, shape.n_tokens == 1)
     running = _running_bytes(lowered, shape)
     running += running // FRAGMENTED + max(ARENA_BYTES, 2 * running) // ARENA_SHARE
     return max(running, _making_bytes(lowered))
 
 
 _ROWS_AT_ONCE = 64
-
-
-@lru_cache(maxsize=64)
-def lowered_once(segment: Segment, single: bool) -> Lowered:
-    return lower(segment, single)
 
 
 def _running_bytes(lowered: Lowered, shape: PassShape) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from weakref import WeakValueDictionary
 
 from edgelm.engine.backend import PassShape
 from edgelm.engine.ir import RopeSpec, Segment
 from edgelm.errors import Cancelled, EdgeLMError, UnsupportedModel
 from edgelm.files.blocks import TYPES
-from edgelm_onnx.lowering import differs_for_one
+from edgelm_onnx.lowering import differs_for_one, lower
 from edgelm_onnx.pieces import Pieces, cut
 from edgelm_onnx.program import Angles, OnnxProgram, SharedGraph
 from edgelm_onnx.runtime import Binding, Graph, library, use_arena, use_pool
@@ -23,18 +24,25 @@ class OnnxSession:
         use_arena()
         self._options = library().RunOptions()
         self._aborted = False
+        self._cut = lru_cache(maxsize=8)(_pieces)
+        self._lower = lru_cache(maxsize=64)(lower)
         self._graphs: dict[tuple[Segment, bool], SharedGraph] = {}
         self._scratch = Scratch()
         self._tables: WeakValueDictionary[object, Angles] = WeakValueDictionary()
 
     def compile(self, segment: Segment, shape: PassShape) -> OnnxProgram:
         """Raises `UnsupportedModel` for an operation or a tensor type that this backend lacks."""
-        return OnnxProgram(self, _pieces(segment), segment, shape)
+        return OnnxProgram(self, self._cut(segment), segment, shape)
 
     def scratch_bytes(self, segment: Segment, shape: PassShape) -> int:
-        pieces = _pieces(segment)
+        pieces = self._cut(segment)
         between = places(pieces, segment, shape).n_bytes
-        return between + max((graph_bytes(piece, shape) for piece in pieces.pieces), default=0)
+        single = shape.n_tokens == 1
+        needs = (
+            graph_bytes(piece, None if piece.on_host else self._lower(piece.segment, single), shape)
+            for piece in dict.fromkeys(pieces.pieces)
+        )
+        return between + max(needs, default=0)
 
     def reserve(self, scratch_bytes: int) -> None:
         self._graphs.clear()
@@ -57,7 +65,7 @@ class OnnxSession:
         key = segment, single and differs_for_one(segment)
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[key] = SharedGraph(*key)
+            graph = self._graphs[key] = SharedGraph(self._lower(*key))
         return graph
 
     @contextmanager
