@@ -31,6 +31,7 @@ Floats = NDArray[np.float32]
 ALIGNMENT = 64
 _MARKS = 1024
 """Products that one session may have."""
+_MARKED_ROWS = 64
 _REACH = 40
 """Words around the first number of an object among which its pointer and its class are looked for."""
 _HINT = "use another version of onnxruntime, or another backend"
@@ -248,8 +249,13 @@ def products(forms: Sequence[Form], arrays: Mapping[str, NDArray[np.generic]] | 
 
 
 def _mark(reader: Reader, form: Form, packed: int) -> int | None:
-    """Return the mark of the packed bytes at this address; None if there are none."""
-    codes = reader.read(-(-packed // ALIGNMENT) * ALIGNMENT, form.code_bytes) if packed % 16 == 0 and packed else None
+    """Return the mark of the packed bytes at this address; None if there are none.
+
+    Marked codes are the last of their matrix, and packing moves none further than a group of rows.
+    """
+    n_bytes = min(_MARKED_ROWS * form.code_bytes // form.rows, form.code_bytes)
+    start = -(-packed // ALIGNMENT) * ALIGNMENT + form.code_bytes - n_bytes
+    codes = reader.read(start, n_bytes) if packed % 16 == 0 and packed else None
     if codes is None:
         return None
     base = np.bincount(codes[::7]).argmax().astype(np.uint8)

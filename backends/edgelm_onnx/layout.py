@@ -151,8 +151,7 @@ class OnnxLayout:
 
     @property
     def key(self) -> str:
-        floats = [floats_bytes(bits, block) for bits in (4, 8) for block in (16, 32)]
-        return f"onnxruntime {version()}, layout {VERSION}, floats {floats}, tiles of {TILE_BYTES}"
+        return f"onnxruntime {version()}, layout {VERSION}, tiles of {TILE_BYTES}"
 
     def packed(self, info: TensorInfo) -> Packed | None:
         if info.type not in TYPES:

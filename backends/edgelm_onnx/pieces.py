@@ -1,7 +1,7 @@
 """Cut a segment into pieces that repeat: one session of ONNX Runtime computes all the layers of a kind.
 
 A session packs every matrix that it has when it is made, into memory that is thrown away, so sessions are kept small:
-a layer each if that repeats, else a product, or some rows of a large matrix. Rows of a matrix that are not packed,
+a layer each where layers repeat, else a product, or some rows of a large matrix. Rows of a matrix that are not packed,
 gathered rows and the joining of columns are left to NumPy.
 Knows operations and how matrices are packed; no operator of ONNX and no address.
 """
@@ -66,8 +66,8 @@ def cut(segment: Segment) -> Pieces:
     counts = Counter(part.segment for _, part in large)
     pieces: list[Piece] = []
     for span, part in large:
-        if counts[part.segment] > 1:
-            pieces.append(_piece(part, repeats=True))
+        if max(counts.values()) > 1:
+            pieces.append(_piece(part, counts[part.segment] > 1))
         else:
             pieces += (_piece(placed(product), repeats=False) for product in _products(ops, span))
     return Pieces(tuple(pieces), tuple(values))
@@ -125,7 +125,7 @@ def _spans(ops: Sequence[Op], outputs: frozenset[int]) -> list[range]:
 
 
 def _products(ops: Sequence[Op], span: range) -> list[range]:
-    """Cut a piece that does not come again around each product: those parts do, in this segment or in others."""
+    """Cut a piece of a segment without repetition around each product: those parts come again in other segments."""
     edges = {span.start, span.stop}
     for i in span:
         if ops[i].kind == "linear":

@@ -29,6 +29,9 @@ def prove() -> None:
             if (len(packed) - form.code_bytes) % (form.rows * form.n_blocks * 4):
                 raise BackendUnavailable(NAME, f"packed {bits}-bit matrices have a size that edgelm does not know")
             put_minima(form, packed, minima)
+            several = [form._replace(rows=rows) for rows in (form.rows, 9 * ROW_GROUP, form.rows, 9 * ROW_GROUP)]
+            graph = products(several)
+            Pointers(graph, find_marked(several))  # refuses what it cannot tell apart
             exact = codes * np.repeat(scales, block, axis=1) + np.repeat(minima, block, axis=1)
             for n_tokens in (1, 2, 7):
                 x = rng.normal(1, 1, (n_tokens, form.width)).astype(np.float32)
