@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgelm.engine.forward import Engine
     from edgelm.engine.generate import FinishReason
+    from edgelm.engine.running import Running
     from edgelm.memory.meter import Meter
 
 
@@ -68,7 +68,7 @@ SAMPLE_S = 0.02
 class Clock:
     """Takes the times of one generation."""
 
-    def __init__(self, engine: Engine, meter: Meter, backend: str, prompt_tokens: int) -> None:
+    def __init__(self, engine: Running, meter: Meter, backend: str, prompt_tokens: int) -> None:
         self._engine, self._meter, self._backend = engine, meter, backend
         self._prompt_tokens, self._cached, self._computed, self._tokens = prompt_tokens, 0, 0, 0
         self._began = time.perf_counter()

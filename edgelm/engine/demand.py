@@ -21,7 +21,7 @@ from edgelm.memory.units import Unit, constants
 from edgelm.memory.window import runs
 
 CHUNKS = (512, 256, 128, 64, 32, 16)
-"""No narrower: passes of eight tokens and more have the same bits whatever their width, see `forward.first_width`."""
+"""No narrower: passes of eight tokens and more have the same bits whatever their width, see `passes.first_width`."""
 GRAPH_BYTES_PER_OP = 16_000
 """Compiled programs: tensors, graphs and the Python objects around them, for each recorded operation."""
 RESERVE_BYTES = 3_000_000

@@ -21,9 +21,10 @@ from edgelm.engine.backend import Adopting, Bindings, CacheGroup, PassShape, Pro
 from edgelm.engine.demand import Model
 from edgelm.engine.ir import Placed, Segment, Weight
 from edgelm.engine.pace import Pace
+from edgelm.engine.passes import check_request, first_width
 from edgelm.engine.segments import Cut, cut
 from edgelm.engine.state import Layout, Workspace
-from edgelm.errors import Cancelled, ConfigError, ContextOverflow
+from edgelm.errors import Cancelled
 from edgelm.files.model import TensorInfo
 from edgelm.memory.arena import KVArena
 from edgelm.memory.pinned import PinnedWeights
@@ -33,7 +34,6 @@ from edgelm.memory.timeline import Times
 from edgelm.memory.units import Part, part_of
 from edgelm.memory.window import N_READERS, Window
 
-BLOCK_TOKENS, NARROW_TOKENS = 512, 8
 FLASH_BOUND = 3.0
 """How much longer than computing reading must take for a pass to be one that only waits for flash."""
 MAX_SHAPES = 3
@@ -42,25 +42,6 @@ MAX_SHAPES = 3
 
 if TYPE_CHECKING:
     from edgelm.memory.flash import ReadPattern
-
-
-def first_width(n: int, done: int, chunk: int, n_outputs: int = 1) -> int:
-    """Return how many tokens the next pass of a prompt of `n` takes when `done` of them are done.
-
-    Kernels add up in another order for one row, and on some processors for three to seven, than for eight and more. So
-    that a budget changes no bit, prompts are cut in blocks of 512 first, as llama.cpp cuts them, and inside a block no
-    pass is narrower than eight tokens (of a chunk of at least 16). Rows whose logits are wanted share the last pass.
-    """
-    end = min(done // BLOCK_TOKENS * BLOCK_TOKENS + BLOCK_TOKENS, n)
-    if n - end == 1:  # the last two tokens share a pass
-        end = end - 1 if done < end - 1 else n
-    rest = end - done
-    width = min(rest, chunk)
-    if chunk < rest < min(chunk + NARROW_TOKENS, 2 * chunk):
-        width = -(-rest // 2)
-    if 0 < n - done - width < n_outputs:
-        return n - done if n - done <= chunk else n - done - n_outputs
-    return width
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +184,12 @@ class Engine:
 
     @property
     def bytes_streamed(self) -> int:
-        """Bytes of weights that passes have read from flash so far."""
+        """Bytes of weights read from flash so far, those that were loaded for good not counted."""
         return self.window.bytes_streamed
+
+    def truncate(self, n_past: int) -> int:
+        """Forget positions from `n_past` on; return how many are kept, see `KVArena.truncate`."""
+        return self.arena.truncate(n_past)
 
     def cancel(self, on: bool = True) -> None:
         """Break off the running pass (it raises `Cancelled`), from any thread; `on=False` allows passes again."""
@@ -237,13 +222,7 @@ class Engine:
         """Raise what `forward` raises before it computes anything."""
         if self._closed:
             raise Cancelled("the model was closed")
-        if not 1 <= n_outputs <= min(len(ids), self.max_outputs):
-            raise ValueError(f"{n_outputs} rows of logits of {len(ids)} tokens; at most {self.max_outputs} are planned")
-        if self.n_past + len(ids) > self.plan.context:
-            raise ContextOverflow(self.n_past + len(ids), self.plan.context)
-        n_known = self._embedding.n_rows
-        if not 0 <= min(ids) <= max(ids) < n_known:
-            raise ConfigError(f"token ids must be in 0…{n_known - 1}, got {min(ids)}…{max(ids)}; use its tokenizer")
+        check_request(self, ids, n_outputs, self.max_outputs, self._embedding.n_rows)
 
     def _pass(self, ids: Sequence[int], n_outputs: int, final: bool) -> None:
         n_tokens, arena, workspace = len(ids), self.arena, self.workspace

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Literal
 
-from edgelm.engine.forward import Engine
+from edgelm.engine.running import Running
 from edgelm.engine.sampling import Sampler
 from edgelm.errors import ContextOverflow
 
@@ -19,7 +19,7 @@ FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 class Conversation:
     """An engine and the ids whose keys and values it holds, so that a prompt only computes what is new."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Running) -> None:
         self.engine = engine
         self._stored: list[int] = []
 
@@ -37,7 +37,7 @@ class Conversation:
             if ours != theirs:
                 break
             common += 1
-        kept = self.engine.arena.truncate(common)
+        kept = self.engine.truncate(common)
         del self._stored[kept:]
         self._forward(ids[kept:], progress)
         return len(ids) - kept

@@ -53,7 +53,7 @@ def _serve(spec: dict[str, Any], requests: BinaryIO, answers: BinaryIO) -> None:
         for line in requests:
             request = json.loads(line)
             if request["clear"]:
-                engine.arena.truncate(0)
+                engine.truncate(0)
             logits = engine.forward(request["ids"], request["rows"])
             _answer(answers, {"shape": logits.shape}, np.ascontiguousarray(logits, np.float32).data.cast("B"))
     finally:

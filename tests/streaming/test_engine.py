@@ -10,7 +10,8 @@ import pytest
 from engines import BACKENDS, CHUNK, budgets, engine_at, need, shrink
 from numpy.typing import NDArray
 
-from edgelm.engine.forward import Engine, first_width
+from edgelm.engine.forward import Engine
+from edgelm.engine.passes import first_width
 from edgelm.errors import Cancelled, ConfigError, ContextOverflow
 from edgelm.memory.stores import Store
 from edgelm.sizes import GB

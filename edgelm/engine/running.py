@@ -1,0 +1,49 @@
+"""What generation, statistics and `Model` ask of a model that is loaded, however it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.memory.plan import Plan
+from edgelm.memory.timeline import Times
+
+
+class Running(Protocol):
+    """One model, one conversation. Not thread-safe: `Model` queues its callers.
+
+    `edgelm.engine.forward.Engine` computes recorded models in segments, `edgelm.engine.whole.WholeEngine` models that
+    come as one graph.
+    """
+
+    plan: Plan
+    times: Times
+    n_threads: int
+
+    @property
+    def n_past(self) -> int:
+        """Positions stored in the cache."""
+
+    @property
+    def bytes_streamed(self) -> int:
+        """Bytes of weights read from flash so far, those that were loaded for good not counted."""
+
+    def forward(
+        self, ids: Sequence[int], n_outputs: int = 1, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Append `ids` to the cache; return the logits [n_outputs, n_vocab] of the last positions."""
+
+    def truncate(self, n_past: int) -> int:
+        """Forget positions from `n_past` on; return how many are kept, which may be fewer."""
+
+    def cancel(self, on: bool = True) -> None:
+        """Break off the running pass (it raises `Cancelled`), from any thread; `on=False` allows passes again."""
+
+    def carry_out(self, plan: Plan) -> None:
+        """Go over to another plan between two passes; the cache stays."""
+
+    def close(self) -> None:
+        """Give all memory back. Safe to call twice."""
