@@ -126,6 +126,16 @@ def read_optional(path: Path) -> dict[str, Any]:
     return read_object(path) if path.exists() else {}
 
 
+def chunks_of(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file, none if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+    except OSError:
+        return
+
+
 def read_text(path: Path) -> str | None:
     """Return the text of a small file, None if there is none. Raises `ModelFileError`."""
     if not path.exists():
@@ -166,17 +176,8 @@ def fingerprint_of(folder: Folder) -> str:
     digest = blake2b(digest_size=16)
     for name in (CONFIG, *TEXT_FILES):
         digest.update(name.encode() + b"\0")
-        for chunk in _content(folder.path / name):
+        for chunk in chunks_of(folder.path / name):
             digest.update(chunk)
     for file in folder.files:
         digest.update(file.digest + file.file_bytes.to_bytes(8, "little"))
     return digest.hexdigest()
-
-
-def _content(path: Path) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
-    except OSError:
-        return

@@ -17,6 +17,7 @@ from edgelm.files.pack import open_pack, refuse_lost_footer
 from edgelm.files.summary import restored, summary_of
 from edgelm.hashing import blake2b
 
+GENAI_CONFIG = "genai_config.json"
 VERSION = 2
 _FOLDER_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 
@@ -62,6 +63,11 @@ def content_key(model: ModelFile) -> str:
 def is_folder(path: str | os.PathLike[str]) -> bool:
     """Say whether `path` is a model folder: `edgelm.files.folder.read_folder` reads those."""
     return any(os.path.isfile(os.path.join(path, name)) for name in _FOLDER_FILES)
+
+
+def is_genai_folder(path: str | os.PathLike[str]) -> bool:
+    """Say whether `path` is a folder of onnxruntime-genai: `edgelm.files.genai.read_genai_folder` reads those."""
+    return os.path.isfile(os.path.join(path, GENAI_CONFIG))
 
 
 def _facts(paths: Sequence[Path]) -> list[list[int]]:
