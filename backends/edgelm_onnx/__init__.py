@@ -2,6 +2,7 @@
 
 Matrices are brought into ONNX Runtime's own packed layout once (`layout`), exactly; the window then holds packed bytes,
 and the kernels of a session are pointed to them (`kernels`), wherever they lie. Everything else is operators of ONNX.
+Models that come as one ONNX graph are computed as they come (`graph_session`).
 Importing this imports no library.
 """
 
@@ -13,7 +14,8 @@ from edgelm.engine.backend import Availability, CacheLayout, Capabilities
 from edgelm.errors import BackendUnavailable
 
 if TYPE_CHECKING:
-    from edgelm.engine.backend import WeightLayout
+    from edgelm.engine.backend import GraphSession, WeightLayout
+    from edgelm.files.graph import GraphModel
     from edgelm_onnx.session import OnnxSession
 
 __all__ = ["BACKEND", "OnnxBackend"]
@@ -57,6 +59,12 @@ class OnnxBackend:
         from edgelm_onnx.session import OnnxSession
 
         return OnnxSession(n_threads)
+
+    def open_graph(self, model: GraphModel, n_threads: int) -> GraphSession:
+        """See `edgelm.engine.backend.GraphBackend`."""
+        from edgelm_onnx.graph_session import OnnxGraphSession
+
+        return OnnxGraphSession(model, n_threads)
 
 
 BACKEND = OnnxBackend()

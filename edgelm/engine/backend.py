@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from edgelm.engine.ir import Segment, Weight
 from edgelm.files.ggml_types import TensorType
+from edgelm.files.graph import GraphModel
 from edgelm.files.model import TensorInfo
 from edgelm.memory.cache_layout import CacheLayout as CacheLayout
 
@@ -196,3 +197,60 @@ class HasLayout(Protocol):
 def layout_of(backend: Backend) -> WeightLayout | None:
     """Return the layout that a backend wants its matrices in; None: as in the file."""
     return backend.layout() if isinstance(backend, HasLayout) else None
+
+
+class GraphBuffers(NamedTuple):
+    """Addresses of all that a whole model reads and writes, for as long as it is open.
+
+    `ids`: [1, n_tokens], `mask`: [1, context] ones, `positions`: [1, context] counting from 0; `logits`: [1, n_tokens,
+    n_vocab], or [1, 1, n_vocab] of a model that `sees_last`. `keys`, `values`: of each layer [1, heads, context,
+    dimension]. Caches that do not grow in place lie densely, [1, heads, n_past, dimension], and come out in the other
+    of two sets. All are of the types of the graph's ports.
+    """
+
+    ids: int
+    mask: int
+    positions: int
+    logits: int
+    caches: tuple[tuple[tuple[int, int], ...], ...]
+    """One set of (key, value) for each layer, or two."""
+    context: int
+
+
+class GraphMemory(NamedTuple):
+    """What a whole model takes in the hands of its library; `peak_bytes` is reached while it is loaded."""
+
+    weights_bytes: int
+    library_bytes: int
+    peak_bytes: int
+
+
+class GraphSession(Protocol):
+    """A model that is one graph, in the hands of a library: resident only, the weights are the library's own."""
+
+    def memory(self) -> GraphMemory:
+        """Say, before loading, what the model will take at the most beyond what `GraphBuffers` hold."""
+
+    def scratch_bytes(self, n_tokens: int, context: int) -> int:
+        """Return the temporary memory of the largest pass of so many tokens."""
+
+    def load(self) -> None:
+        """Read the weights. Raises `ModelFileError` or `UnsupportedModel`."""
+
+    def bind(self, buffers: GraphBuffers) -> None: ...
+
+    def run(self, n_tokens: int, n_past: int, side: int) -> None:
+        """Compute a pass over `n_tokens` ids, reading the caches of set `side`. Raises `Cancelled` after `abort`."""
+
+    def abort(self, on: bool) -> None:
+        """Make running and later passes raise `Cancelled` while on. Called from any thread."""
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class GraphBackend(Protocol):
+    """A backend that also computes models which are one graph."""
+
+    def open_graph(self, model: GraphModel, n_threads: int) -> GraphSession:
+        """Load the library. Raises `BackendUnavailable`."""
