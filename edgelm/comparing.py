@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from edgelm.engine.choosing import Asked, Candidate, consider
 from edgelm.engine.loading import open_path
 from edgelm.engine.weighed import UNKNOWN
 from edgelm.errors import BackendUnavailable, BudgetTooSmall, EdgeLMError, UnsupportedModel
+from edgelm.files.index import is_genai_folder
 from edgelm.opening import get_ready
 from edgelm.resources import budget_of, device_of, threads_of
 
@@ -27,6 +29,10 @@ def candidates(
     Each is measured in a child process, or recalled; `recheck` tries and measures them all again. Raises what `load`
     raises about the file and the options.
     """
+    if is_genai_folder(path):
+        from edgelm.opening_graph import graph_candidates
+
+        return graph_candidates(Path(path), memory, threads, context, simulate)
     device = device_of(simulate, threads)
     budget_bytes, _ = budget_of(memory, device)
     asked = Asked(os.fspath(path), budget_bytes, threads_of(threads, device), context, 1, simulate)

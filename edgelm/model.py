@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from edgelm.engine.generate import Conversation, FinishReason, token_ids
-from edgelm.engine.phases import replan
 from edgelm.engine.sampling import Processor, Sampler, Sampling, make_sampler
 from edgelm.errors import Cancelled, ConfigError
 from edgelm.files.model import ModelFile
@@ -20,7 +19,7 @@ from edgelm.memory.meter import Meter
 from edgelm.memory.plan import Plan
 from edgelm.memory.platform.allocator import trim
 from edgelm.memory.timeline import Timeline
-from edgelm.opening import Opened, concessions, with_flash
+from edgelm.opening import Opened
 from edgelm.sizes import parse_size
 from edgelm.text.stops import StopMatcher
 from edgelm.text.tokenizer import Tokenizer
@@ -66,7 +65,7 @@ class Model:
 
     def __init__(self, opened: Opened, adaptive: bool | Callable[[str], None] = False) -> None:
         self._engine = opened.engine
-        self._file, self._prepared = opened.file, opened.prepared
+        self._file, self._replan = opened.file, opened.replan
         self.tokenizer: Tokenizer = opened.tokenizer
         self.backend: str = opened.backend
         self.notes: tuple[str, ...] = opened.notes
@@ -229,12 +228,10 @@ class Model:
             return self._go_over(min(budget_bytes, self.asked_bytes))
 
     def _go_over(self, budget_bytes: int) -> Plan:
-        if self._engine.pattern is None:
-            self._prepared = with_flash(self._prepared, self._engine)
-        plan = replan(self._prepared, self._engine, budget_bytes)
+        plan, notes = self._replan(budget_bytes)
         self._engine.carry_out(plan)
         trim()
-        self.notes = concessions(plan, plan.context)
+        self.notes = notes
         return plan
 
     def close(self) -> None:

@@ -21,7 +21,8 @@ from edgelm.engine.forward import Engine
 from edgelm.engine.health import open_session
 from edgelm.engine.loading import Prepared, Request, computable, default_context, layout_for, open_path
 from edgelm.engine.phased import PhasedEngine
-from edgelm.engine.phases import Phase, Sources, build, prepare
+from edgelm.engine.phases import Phase, Sources, build, prepare, replan
+from edgelm.engine.running import Running
 from edgelm.errors import (
     BackendUnavailable,
     BudgetTooSmall,
@@ -29,7 +30,7 @@ from edgelm.errors import (
     PreparationError,
     UnsupportedModel,
 )
-from edgelm.files.index import is_folder
+from edgelm.files.index import is_folder, is_genai_folder
 from edgelm.files.model import ModelFile
 from edgelm.memory.derived import derived, derived_loader
 from edgelm.memory.meter import Meter
@@ -64,8 +65,9 @@ class Opened:
 
     file: ModelFile
     tokenizer: Tokenizer
-    engine: Engine
-    prepared: Prepared
+    engine: Running
+    replan: Callable[[int], tuple[Plan, tuple[str, ...]]]
+    """Another budget -> its plan, and the notes on it. Raises `BudgetTooSmall`; carries nothing out."""
     backend: str
     notes: tuple[str, ...]
     lost: tuple[str, ...]
@@ -133,6 +135,10 @@ def open_engine(
     notice: Callable[[str], None] | None = None,
 ) -> Opened:
     """Load a model inside a budget; see `edgelm.load`."""
+    if is_genai_folder(path):
+        from edgelm.opening_graph import open_graph
+
+        return open_graph(Path(path), memory, backend, threads, context, max_outputs, simulate, progress)
     making = _Making(progress, notice)
     ready = get_ready(path, memory, backend, threads, context, max_outputs, simulate, making)
     try:
@@ -146,7 +152,8 @@ def open_engine(
         raise
     notes = (*ready.notes, *concessions(ready.prepared.plan, context or default_context(ready.file)))
     notes += _old_tables(ready.file)
-    return Opened(ready.file, ready.tokenizer, engine, ready.prepared, ready.backend, notes, ready.lost)
+    replanned = _Replanning(ready.prepared, engine)
+    return Opened(ready.file, ready.tokenizer, engine, replanned, ready.backend, notes, ready.lost)
 
 
 def plan(
@@ -159,6 +166,10 @@ def plan(
     simulate: str | None = None,
 ) -> Plan:
     """Return the plan that `load` would carry out, without reading weights. Raises what `load` raises."""
+    if is_genai_folder(path):
+        from edgelm.opening_graph import graph_plan
+
+        return graph_plan(Path(path), memory, backend, threads, context, simulate)
     ready = get_ready(path, memory, backend, threads, context, 1, simulate)
     ready.close()
     return ready.prepared.plan
@@ -242,7 +253,7 @@ def _with_backend(
             parts.append(part)  # at once: if the next one fails, this one is closed
         trim()
         phases = [part.phase for part in parts]
-        prepared = prepare(phases[0], request, _process_bytes(source) + host.more_bytes, *phases[1:])
+        prepared = prepare(phases[0], request, process_bytes_of(source) + host.more_bytes, *phases[1:])
     except BaseException:
         for part in parts:
             part.close()
@@ -311,7 +322,7 @@ def _in_layout(
     if making is None:
         return found.file, source, told, lost
     phase = Phase(found.file, backend, session, None)
-    prepare(phase, request, _process_bytes(source))  # refuses before the work, not after
+    prepare(phase, request, process_bytes_of(source))  # refuses before the work, not after
     where = f"{human(found.file.file_bytes[0])} in {found.file.paths[0].parent}"
     if making.notice is not None:
         making.notice(f"preparing {source.name} for the {backend.name} backend, once: {where}")
@@ -325,15 +336,28 @@ def _old_tables(file: ModelFile) -> tuple[str, ...]:
     return ("the tokenizer tables of this pack are of another edgelm; pack the model again for a faster start",)
 
 
-def with_flash(prepared: Prepared, engine: Engine) -> Prepared:
-    """Return what a model was prepared from with its flash measured, which a resident model has no use for."""
+class _Replanning:
+    """Plans another budget for a running engine, with its flash measured, which a resident model has no use for."""
+
+    def __init__(self, prepared: Prepared, engine: Engine) -> None:
+        self._prepared, self._engine = prepared, engine
+
+    def __call__(self, budget_bytes: int) -> tuple[Plan, tuple[str, ...]]:
+        if self._engine.pattern is None:
+            self._prepared = _with_flash(self._prepared, self._engine)
+        plan = replan(self._prepared, self._engine, budget_bytes)
+        return plan, concessions(plan, plan.context)
+
+
+def _with_flash(prepared: Prepared, engine: Engine) -> Prepared:
+    """Return what a model was prepared from with its flash measured."""
     if prepared.rates is None:
         return prepared
     engine.pattern = _pattern(engine.store, prepared.file, RESERVE_BYTES)
     rates = replace(prepared.rates, flash_bytes_per_s=engine.pattern.bytes_per_s)
     prompts = prepared.prompts
     if prompts is not None and isinstance(engine, PhasedEngine) and engine.prompts.pattern is None:
-        prompts = with_flash(prompts, engine.prompts)
+        prompts = _with_flash(prompts, engine.prompts)
     return replace(prepared, pattern=engine.pattern, rates=rates, prompts=prompts)
 
 
@@ -353,7 +377,7 @@ def _may_stream(file: ModelFile, budget_bytes: int) -> bool:
     return 2 * file.total_tensor_bytes > budget_bytes - current_platform().rss_bytes()
 
 
-def _process_bytes(file: ModelFile) -> int:
+def process_bytes_of(file: ModelFile) -> int:
     """Return what the process takes before a model's memory, with what the first chat will still import."""
     late = TEMPLATE_BYTES if "tokenizer.chat_template" in file.metadata and "jinja2" not in sys.modules else 0
     return Meter().sample().rss_bytes + late

@@ -27,7 +27,8 @@ from edgelm.engine.registry import HINTS, backend_names, get_backend
 from edgelm.errors import EdgeLMError
 from edgelm.files.ggml_types import TensorType
 from edgelm.files.gguf import open_model
-from edgelm.files.index import is_folder
+from edgelm.files.index import is_folder, is_genai_folder
+from edgelm.files.model import ModelFile
 from edgelm.files.pack import VERSION_KEY, open_pack, refuse_lost_footer
 from edgelm.files.strings import StringArray
 from edgelm.memory.flash import ENOUGH_BYTES, Calibration
@@ -81,16 +82,34 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
 
     Raises `ModelNotFound`, `ModelFileError` or `UnsupportedModel`.
     """
+    if is_genai_folder(path):
+        return _inspect_graph(path)
     file = open_path(path) if is_folder(path) else open_model(path)
     if VERSION_KEY in file.metadata and open_pack(file.paths[0]) is None:
         refuse_lost_footer(file)
+    tensors = (TensorReport(t.name, t.type.name, t.shape, t.n_bytes) for t in file.tensors.values())
+    return _inspection(path, file, tuple(tensors))
+
+
+def _inspect_graph(path: str | os.PathLike[str]) -> Inspection:
+    """Show an ONNX graph's weights as the tensors of a file: the length of a row first, as ggml has it."""
+    from edgelm.engine.graphs import open_genai
+
+    file, folder = open_genai(Path(path))
+    weights = folder.model.graph.weights.values()
+    return _inspection(
+        path, file, tuple(TensorReport(w.name, w.type, tuple(reversed(w.shape)), w.n_bytes) for w in weights)
+    )
+
+
+def _inspection(path: str | os.PathLike[str], file: ModelFile, tensors: tuple[TensorReport, ...]) -> Inspection:
     metadata = {key: _plain(value) for key, value in file.metadata.items()}
     template = metadata.get("tokenizer.chat_template")
     return Inspection(
         path=os.fspath(path),
         architecture=file.architecture,
         metadata=MappingProxyType(metadata),
-        tensors=tuple(TensorReport(t.name, t.type.name, t.shape, t.n_bytes) for t in file.tensors.values()),
+        tensors=tensors,
         template=template if isinstance(template, str) else None,
     )
 

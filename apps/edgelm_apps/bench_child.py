@@ -48,7 +48,7 @@ class Ours:
 
         keys = ("memory", "backend", "threads", "context", "simulate")
         self._model = edgelm.load(spec["model"], **{key: spec[key] for key in keys if spec.get(key) is not None})
-        self.n_vocab = int(self._model.file.tensors["token_embd.weight"].shape[1])
+        self.n_vocab = self._model.tokenizer.n_vocab
         self._peak_bytes = 0
 
     def facts(self) -> dict[str, Any]:

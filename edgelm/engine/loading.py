@@ -14,7 +14,7 @@ from edgelm.engine.demand import Demands, Model, describe, with_room
 from edgelm.engine.forward import Engine
 from edgelm.engine.registry import get_architecture
 from edgelm.errors import BudgetTooSmall, ConfigError, UnsupportedModel
-from edgelm.files.index import is_folder, open_indexed
+from edgelm.files.index import is_folder, is_genai_folder, open_indexed
 from edgelm.files.meta import Meta
 from edgelm.files.model import ModelFile
 from edgelm.memory.arena import KVArena
@@ -72,6 +72,10 @@ class Prepared:
 
 def open_path(path: str | PathLike[str]) -> ModelFile:
     """Return the header of a GGUF file, a pack or a model folder. Raises what opening one of them raises."""
+    if is_genai_folder(path):
+        from edgelm.engine.graphs import open_genai
+
+        return open_genai(Path(path))[0]
     if not is_folder(path):
         return open_indexed(path)
     from edgelm.engine.folders import open_folder

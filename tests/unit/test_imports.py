@@ -43,7 +43,7 @@ ARCHITECTURE_MAY = {
 SHARED_BY_ARCHITECTURES = {"edgelm_models.parts", "edgelm_models.configs"}
 BACKEND_MAY = {
     "edgelm.errors", "edgelm.sizes", "edgelm.engine.backend", "edgelm.engine.ir", "edgelm.engine.rope",
-    "edgelm.files.blocks", "edgelm.files.ggml_types", "edgelm.files.model",
+    "edgelm.files.blocks", "edgelm.files.ggml_types", "edgelm.files.model", "edgelm.files.affine", "edgelm.files.graph",
 }  # fmt: skip
 APPS_MAY = {"edgelm", "edgelm.errors", "edgelm.sizes"}
 CATALOGUE_MAY = BASE | {
@@ -52,16 +52,16 @@ CATALOGUE_MAY = BASE | {
 
 MODULE_LINES = 400
 FOLDER_LINES = {  # raised only on purpose
-    "edgelm": 2300,
-    "edgelm/files": 2900,
+    "edgelm": 2600,
+    "edgelm/files": 3800,
     "edgelm/text": 2900,
-    "edgelm/memory": 3400,
-    "edgelm/engine": 5200,
-    "edgelm/testing": 2200,
+    "edgelm/memory": 3500,
+    "edgelm/engine": 5500,
+    "edgelm/testing": 2700,
     "edgelm/parity": 1100,
     "backends/edgelm_numpy": 1200,
     "backends/edgelm_llamacpp": 1200,
-    "backends/edgelm_onnx": 2300,  # kernels are found in memory, and every operator is written out
+    "backends/edgelm_onnx": 3300,  # kernels are found in memory, and every operator is written out
     "backends/edgelm_mlx": 1200,
     "backends/edgelm_npu": 1400,
     "models/edgelm_models": 2100,
