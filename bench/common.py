@@ -27,6 +27,7 @@ RESULTS = HERE / "results"
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
 CONTEXTS = {"smollm2-135m-instruct": 1024, "gemma-3-270m": 2048}
 MB = 1_000_000
+PACKAGES = ("edgelm", "numpy", "llama-cpp-python", "onnxruntime", "onnxruntime-genai")
 
 
 # -- models and prompts --------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ def machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("edgelm", "numpy", "llama-cpp-python")},
+        "versions": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
