@@ -123,7 +123,7 @@ def load(
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> Model:
-    """Load a GGUF file, or a model folder, inside a memory budget.
+    """Load a GGUF file, or a model folder (Hugging Face, MLX, onnxruntime-genai), inside a memory budget.
 
     `memory` bounds the whole process at its peak ("300MB", "1GiB", or bytes); without it the budget is what the
     device can spare (`Model.notes` says how much). `context` is the number of tokens that prompt and answer may have
