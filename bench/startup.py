@@ -6,6 +6,7 @@ whatever else the machine does meets all of them.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -26,10 +27,16 @@ print(next(llm({prompt!r}, max_tokens=1, temperature=0, stream=True))["choices"]
 """
 
 
+ENV = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+"""Installed packages have their bytecode beside them; a source tree that may not keep it compiles at each start."""
+
+
 def first_byte_s(argv: list[str]) -> tuple[float, float]:
     """Return the seconds until the first byte on stdout and until the end of the process."""
     began = time.perf_counter()
-    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+    with subprocess.Popen(
+        argv, env=ENV, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as child:
         assert child.stdout is not None
         found = child.stdout.read(1)
         first_s = time.perf_counter() - began

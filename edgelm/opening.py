@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -56,8 +55,7 @@ SPARE_BYTES = 8 * MB
 """What measuring leaves of the budget."""
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(NamedTuple):
     """A loaded model and what was decided: `notes` are sentences for the user, `file` is the model's own.
 
     `lost` says what converting the weights for the backend loses, a sentence each.
@@ -73,16 +71,14 @@ class Opened:
     lost: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Making:
+class _Making(NamedTuple):
     """Who hears of the work if a model has to be prepared for the backend."""
 
     progress: Callable[[int, int], None] | None
     notice: Callable[[str], None] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(NamedTuple):
     """All but the weights."""
 
     file: ModelFile
@@ -213,7 +209,7 @@ def get_ready(
             failures.append(exc)
             notes.append(f"{name}: passed over after all, {getattr(exc, 'reason', exc)}")
         else:
-            return replace(ready, notes=(*notes, *choice.notes, *ready.notes))
+            return ready._replace(notes=(*notes, *choice.notes, *ready.notes))
     too_small = [exc for exc in failures if isinstance(exc, BudgetTooSmall)]
     raise min(too_small, key=lambda exc: exc.needed_bytes) if too_small else failures[0]
 
@@ -354,11 +350,11 @@ def _with_flash(prepared: Prepared, engine: Engine) -> Prepared:
     if prepared.rates is None:
         return prepared
     engine.pattern = _pattern(engine.store, prepared.file, RESERVE_BYTES)
-    rates = replace(prepared.rates, flash_bytes_per_s=engine.pattern.bytes_per_s)
+    rates = prepared.rates._replace(flash_bytes_per_s=engine.pattern.bytes_per_s)
     prompts = prepared.prompts
     if prompts is not None and isinstance(engine, PhasedEngine) and engine.prompts.pattern is None:
         prompts = _with_flash(prompts, engine.prompts)
-    return replace(prepared, pattern=engine.pattern, rates=rates, prompts=prompts)
+    return prepared._replace(pattern=engine.pattern, rates=rates, prompts=prompts)
 
 
 def _pattern(store: Store, file: ModelFile, limit_bytes: int, device: Device | None = None) -> ReadPattern:

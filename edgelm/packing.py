@@ -14,7 +14,7 @@ import re
 import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
@@ -203,8 +203,7 @@ def _string(text: str) -> bytes:
 def _index(source: ModelFile, layout: _Layout, name: str) -> bytes:
     """Return the header index. It holds the fingerprint, which depends on the size of the file and so on its length."""
     kept = {key: value for key, value in source.metadata.items() if not key.startswith(_OWN_KEYS)}
-    model = replace(
-        source,
+    model = source._replace(
         metadata=MappingProxyType(kept | _own_metadata(name)),
         tensors=MappingProxyType({info.name: info for info in layout.placed}),
         header_bytes=len(layout.header),
@@ -213,7 +212,7 @@ def _index(source: ModelFile, layout: _Layout, name: str) -> bytes:
     n_bytes = len(json.dumps(summary_of(model)))
     digest = blake2b(layout.header, digest_size=16).digest()
     fingerprint = fingerprint_of([(digest, layout.file_bytes(n_bytes))])
-    return json.dumps(summary_of(replace(model, fingerprint=fingerprint))).encode()
+    return json.dumps(summary_of(model._replace(fingerprint=fingerprint))).encode()
 
 
 def _write(file: BinaryIO, source: ModelFile, layout: _Layout, index: bytes, progress: Progress | None) -> None:

@@ -6,15 +6,14 @@ A table and nothing else: who opens a model slows its reads down (`ThrottledStor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from edgelm.errors import ConfigError
 from edgelm.sizes import GB, MB, human
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(NamedTuple):
     """What a device is simulated by.
 
     `flash_bytes_per_s` is what large reads reach in practice, not what the bus or the package promises; `latency_s`

@@ -8,8 +8,7 @@ An architecture is a module with `ARCHITECTURES` (names as in `general.architect
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from edgelm.engine.ir import RopeSpec, Trace, Weight
 from edgelm.engine.ops import Ops, Tensor, Weights
@@ -26,8 +25,7 @@ _SCALINGS = ("none", "linear", "yarn", "longrope")
 _OPTIONAL = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
 
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
+class ModelConfig(NamedTuple):
     """The numbers that most architectures share, under GGUF's names. `meta` has the rest.
 
     `n_context` is what the caller asked for, `n_context_train` what the file was made for.

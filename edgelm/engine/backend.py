@@ -5,7 +5,6 @@ Importing a backend's module must not import its heavy library: `probe` and `ope
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from edgelm.engine.ir import Segment, Weight
@@ -95,8 +94,7 @@ class PassShape(NamedTuple):
         return self.n_tokens if per == "token" else self.n_outputs
 
 
-@dataclass(slots=True)
-class Bindings:
+class Bindings(NamedTuple):
     """Addresses of everything a program reads and writes; valid during `run`.
 
     `inputs`, `outputs`: float32 [rows, width], one address for each of the segment's. `weights`: one for each of the

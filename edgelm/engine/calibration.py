@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +167,7 @@ class _Trial:
             bound = []
             for place in places:
                 weights = list(zip(segment.weights, place.weights, first, strict=True))
-                bound.append(replace(place, weights=held.enter_context(handed_over(self.session, weights))))
+                bound.append(place._replace(weights=held.enter_context(handed_over(self.session, weights))))
             yield program, bound
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from edgelm.engine.children import can_start, run_child
@@ -44,8 +43,7 @@ class Asked(NamedTuple):
     simulate: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A backend, considered for one model and one budget. `reason` says why it was chosen or passed over.
 
     `predicted_decode_tps`, `planned_bytes` (of the whole process) and `streamed_bytes` (read from flash for each token)
@@ -138,11 +136,10 @@ def _candidate(seen: Seen, reason: str, first: bool, host_bytes: int) -> Candida
     weighed = seen.weighed
     if weighed is None or weighed.why_not:
         return candidate
-    candidate = replace(candidate, prepare_bytes=weighed.prepare_bytes, loss=weighed.loss)
+    candidate = candidate._replace(prepare_bytes=weighed.prepare_bytes, loss=weighed.loss)
     if weighed.needed_bytes:
-        return replace(candidate, needed_bytes=weighed.needed_bytes + host_bytes)
-    return replace(
-        candidate,
+        return candidate._replace(needed_bytes=weighed.needed_bytes + host_bytes)
+    return candidate._replace(
         predicted_decode_tps=weighed.decode_tps or None,
         planned_bytes=weighed.planned_bytes + host_bytes,
         streamed_bytes=weighed.streamed_bytes,

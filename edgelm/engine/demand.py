@@ -6,8 +6,7 @@ Asks the backend and counts bytes; decides nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import overload
+from typing import NamedTuple, overload
 
 from edgelm.engine.backend import CacheGroup, CacheLayout, PassShape, Session
 from edgelm.engine.ir import Trace, place
@@ -29,8 +28,7 @@ RESERVE_BYTES = 3_000_000
 SAMPLING_COPIES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
+class Model(NamedTuple):
     """A recorded model and its tensors: `matrices` in pass order, small vectors as the `constants` unit.
 
     `embedding` is what rows are looked up in; the matrix of the same name may lie elsewhere, in another layout.
@@ -165,8 +163,7 @@ def live_width(trace: Trace) -> int:
 
 def with_room(demand: Demand, other: Demand) -> Demand:
     """Return `demand` with scratch and state no smaller than those of `other`."""
-    return replace(
-        demand,
+    return demand._replace(
         scratch_bytes=max(demand.scratch_bytes, other.scratch_bytes),
         state_bytes=max(demand.state_bytes, other.state_bytes),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import cast
@@ -90,7 +90,7 @@ def converted(file: ModelFile, types: frozenset[TensorType]) -> tuple[ModelFile,
         kind, error = holder(form)
         told.append(f"{n} matrices are converted: {form.type.name} as {kind.name} ({error or 'exact'})")
         lost += [error] if error else []
-    converted_file = replace(file, tensors=tensors, derived=derived, file_bytes=tuple(sizes))
+    converted_file = file._replace(tensors=tensors, derived=derived, file_bytes=tuple(sizes))
     return converted_file, tuple(told), tuple(dict.fromkeys(lost))
 
 

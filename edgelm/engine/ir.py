@@ -9,7 +9,6 @@ model is opened, and the classes themselves cost a fifth to make.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from edgelm.files.ggml_types import TensorType
@@ -141,8 +140,7 @@ class Placed(NamedTuple):
     layers: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
+class Trace(NamedTuple):
     """A whole model, recorded: operations in pass order and the values they make. `logits` is the last value."""
 
     ops: tuple[Op, ...]

@@ -50,8 +50,7 @@ class Request:
             raise ConfigError(f"max_outputs must be between 1 and {most} rows of logits, got {self.max_outputs}")
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A plan, and all that is needed to carry it out."""
 
     model: Model

@@ -6,15 +6,14 @@ An architecture is written once, on opaque tensors; shapes are checked here beca
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from edgelm.engine.ir import Activation, AttendSpec, Columns, NormSpec, Op, Params, Per, RopeSpec, Trace, Value, Weight
 from edgelm.errors import UnsupportedModel
 from edgelm.files.model import TensorInfo
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """An opaque value of the recording: `width` numbers a row."""
 
     id: int

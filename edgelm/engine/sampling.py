@@ -7,7 +7,6 @@ default chain: logit bias, penalties, top-k, typical, top-p, min-p, temperature,
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -108,7 +107,8 @@ def make_sampler(sampling: Sampling | None = None, processors: Sequence[Processo
 
         return greedy
 
-    # the standard library's generator: loading numpy.random would cost megabytes of the budget
+    import random  # not NumPy's, whose loading would cost megabytes of the budget; and greedy needs neither
+
     rng = random.Random(sampling.seed)
 
     def draw(logits: Logits, history: Sequence[int]) -> int:

@@ -6,8 +6,8 @@ One buffer, laid out once for the widest pass.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,7 @@ ALIGN = 64
 FLOAT_BYTES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """Where values that cross segments lie, in floats per row: `offsets[value]`, and `width` in all.
 
     Values whose lives do not overlap share a place.

@@ -6,8 +6,8 @@ Knows no file format, so that a model known from before is opened without the co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from edgelm.files.ggml_types import Affine, TensorType, row_bytes
@@ -77,8 +77,7 @@ class Derived(NamedTuple):
     content: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFile:
+class ModelFile(NamedTuple):
     """A model's header. Holds no open file, so the files may be opened by whoever reads the weights.
 
     `metadata` has Python scalars, NumPy arrays of numbers, and `StringArray`s. `tensors` is in file order.
@@ -95,11 +94,11 @@ class ModelFile:
     fingerprint: str
     pack: Pack | None = None
     """What edgelm has appended, if the file was opened as a pack: `edgelm.files.index.open_indexed`."""
-    gathered: Mapping[str, TensorInfo] = field(default_factory=dict)
+    gathered: Mapping[str, TensorInfo] = MappingProxyType({})
     """Where the rows of an embedding are, if the matrix of the same name lies in the layout of a backend."""
     checksums: tuple[Checksums, ...] = ()
     """Of the files that have some: `edgelm.memory.verified`."""
-    derived: Mapping[str, Derived] = field(default_factory=dict)
+    derived: Mapping[str, Derived] = MappingProxyType({})
     """What `edgelm.memory.derived.DerivedStore` makes as it is read, by the names of the tensors. The `file` of their
     places stands in `file_bytes` as if it held them: a folder's config.json. All else lies where it says."""
 

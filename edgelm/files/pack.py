@@ -12,7 +12,6 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,8 +41,7 @@ _MOST_BYTES = {INDEX: 64 << 20, TOKENIZER: 1 << 30, CHECKSUMS: 1 << 30}
 _FLAGS: int = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(NamedTuple):
     """Where a section lies. `format` is a number of its own, so that one may change without the others."""
 
     kind: int
@@ -53,8 +51,7 @@ class Section:
     checksum: int
 
 
-@dataclass(frozen=True, slots=True)
-class Pack:
+class Pack(NamedTuple):
     """What makes an opened model a pack: its sections."""
 
     path: Path
@@ -208,7 +205,7 @@ def _model(path: Path, found: Sections) -> ModelFile:
     if needed != len(found.checksums):
         raise _damaged(path, CHECKSUMS, f"has {len(found.checksums)} bytes, the tensors need {needed}")
     checksums = (Checksums(0, tensors, memoryview(found.checksums)),)
-    return replace(model, pack=Pack(path, found.sections), checksums=checksums)
+    return model._replace(pack=Pack(path, found.sections), checksums=checksums)
 
 
 def _read(fd: int, offset: int, n_bytes: int) -> bytes:

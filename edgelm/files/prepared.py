@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -97,8 +96,7 @@ def placed(
         for name, how in source.derived.items()
     }
     own = () if checksums is None else (checksums,)
-    return replace(
-        source,
+    return source._replace(
         paths=(path, *source.paths),
         tensors=MappingProxyType(shifted | {info.name: info for info in tensors}),
         file_bytes=(file_bytes, *source.file_bytes),

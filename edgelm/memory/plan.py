@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgelm.errors import BudgetTooSmall, ConfigError
 from edgelm.files.model import TensorInfo
@@ -32,8 +32,7 @@ MIN_SLOT_BYTES, MAX_SLOT_BYTES = 1 * MB, 2 * MB
 RESIDENT_UNIT_BYTES = 8 * MB
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(NamedTuple):
     """Everything but matrices that lives in memory, in bytes. `scratch` etc. belong to passes of `chunk` tokens."""
 
     process_bytes: int

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _ROUNDS = 3  # passes until the beginning, with its full slots, no longer matters
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(NamedTuple):
     """What the device was measured to do, in bytes of weights a second.
 
     `flash_bytes_per_s`: reads. `compute_bytes_per_s`: kernels in a pass of one token, `wide_bytes_per_s`: bytes times

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgelm.files.errors import DamagedWeights
 from edgelm.files.model import Checksums, ModelFile, TensorInfo
@@ -18,8 +17,7 @@ from edgelm.files.pack import hasher, n_tiles
 from edgelm.memory.stores import Store
 
 
-@dataclass(frozen=True, slots=True)
-class _Tiled:
+class _Tiled(NamedTuple):
     """A tensor, the bytes of its tiles (the last one may be shorter), and the number of its first checksum."""
 
     info: TensorInfo

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from edgelm.errors import UnsupportedModel
 from edgelm.text.unicode_classes import class_bytes
@@ -190,8 +190,7 @@ _DEEPSEEK3_STAGES = (_UP_TO_THREE, _by_text(_CJK_KANA), _by_class(_DEEPSEEK3))
 _DEFAULT_STAGES = (_by_class(rf"[{_P}$+<=>\^~|]+"), _GPT2_STAGE, _by_class(f"[{_N}]+"), _THREE_DIGITS)
 
 
-@dataclass(frozen=True, slots=True)
-class PreTokenizer:
+class PreTokenizer(NamedTuple):
     """How text is cut into words, and the habits that come with the name.
 
     `ignore_merges`: a word that is a token is that token. `raw`: merges run over UTF-8 characters with spaces

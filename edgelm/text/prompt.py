@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(NamedTuple):
     """The text of a prompt in which only the template's own words count as special tokens.
 
     `guarded` is the text with some characters of the messages replaced by noncharacters, so that nothing in the
@@ -15,7 +15,7 @@ class Prompt:
     """
 
     guarded: str
-    originals: Mapping[int, str] = field(default_factory=dict)
+    originals: Mapping[int, str] = MappingProxyType({})
     notice: str | None = None
     """What the user should know of how the messages were changed to fit the template."""
 

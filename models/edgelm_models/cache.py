@@ -12,9 +12,8 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from edgelm.cachedir import cache_dir as cache_dir  # also for callers of this module
 from edgelm.errors import DownloadError, EdgeLMError, ModelNotFound
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 
 
-@dataclass(frozen=True, slots=True)
-class CachedModel:
+class CachedModel(NamedTuple):
     """One pulled model. `file` is absolute: of a split model the first shard of `files`, of a folder the folder."""
 
     name: str
@@ -84,7 +82,7 @@ def register(model: CachedModel, staged: Path) -> CachedModel:
     Files of `model` inside `staged` are given by their name alone and become absolute.
     """
     with open(staged / MANIFEST, "w", encoding="utf-8") as out:
-        json.dump(asdict(model), out, indent=1)
+        json.dump(model._asdict(), out, indent=1)
         out.flush()
         os.fsync(out.fileno())
     target = folder_of(model.name)

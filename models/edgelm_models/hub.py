@@ -7,9 +7,8 @@ The files stay in that library's cache, shared with other tools; its settings (`
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from edgelm.cachedir import read_json
 from edgelm.errors import ConfigError, DownloadError
@@ -33,8 +32,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FOREIGN = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
 
 
-@dataclass(frozen=True, slots=True)
-class HubName:
+class HubName(NamedTuple):
     """`org/repo`, `org/repo:QUANT` or `hf:org/repo/file.gguf`."""
 
     repo: str
@@ -47,8 +45,7 @@ class HubName:
         return f"{self.repo}:{self.quantization}" if self.quantization else self.repo
 
 
-@dataclass(frozen=True, slots=True)
-class HubFiles:
+class HubFiles(NamedTuple):
     """What came: absolute paths in the hub's cache, the shards of a split model in order. `file` is what to open."""
 
     file: str
@@ -60,8 +57,7 @@ class HubFiles:
     licence: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Remote:
+class _Remote(NamedTuple):
     name: str
     size_bytes: int
     sha256: str | None
@@ -123,8 +119,8 @@ def _download(name: HubName, observer: Observer) -> HubFiles:
     gguf = getattr(info, "gguf", None) or {}
     licence = info.card_data.get("license") if info.card_data else None
     found = _found([Path(path) for path in paths], digests)
-    return replace(
-        found, context=gguf.get("context_length") or found.context, licence=str(licence or "see the hub's page")
+    return found._replace(
+        context=gguf.get("context_length") or found.context, licence=str(licence or "see the hub's page")
     )
 
 

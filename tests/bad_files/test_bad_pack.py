@@ -6,7 +6,6 @@ import json
 import random
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def with_section(content: bytes, sections: Sections, kind: int, data: bytes) -> 
     later = min((s.offset for s in sections.values() if s.offset > old.offset), default=len(content) - PAGE)
     assert len(data) <= later - old.offset
     content = content[: old.offset] + data + content[old.offset + len(data) :]
-    new = {**sections, kind: replace(old, n_bytes=len(data), checksum=xxh3_64_intdigest(data))}
+    new = {**sections, kind: old._replace(n_bytes=len(data), checksum=xxh3_64_intdigest(data))}
     return with_footer(content, list(new.values()))
 
 
@@ -62,7 +61,7 @@ def edited_index(edit: Callable[[dict[str, Any]], Any]) -> Callable[[bytes, Sect
 
 def with_entry(kind: int, **changes: int) -> Callable[[bytes, Sections], bytes]:
     return lambda content, sections: with_footer(
-        content, [replace(s, **changes) if s.kind == kind else s for s in sections.values()]
+        content, [s._replace(**changes) if s.kind == kind else s for s in sections.values()]
     )
 
 

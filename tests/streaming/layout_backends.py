@@ -7,7 +7,6 @@ Each undoes its layout before NumPy computes, so every logit must have NumPy's b
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -89,7 +88,7 @@ class _Program:
                 alive.append(self._session.layout.unpack(weight, address))
                 address = alive[-1].ctypes.data
             addresses.append(address)
-        bindings = replace(bindings, weights=tuple(addresses))
+        bindings = bindings._replace(weights=tuple(addresses))
         if self._session.cache == USUAL:
             self._inner.run(bindings)
         else:
@@ -113,8 +112,7 @@ class _Program:
                 list_.append(np.ascontiguousarray(own, np.float16))
                 pairs.append((own, list_[-1]))
         self._inner.run(
-            replace(
-                bindings,
+            bindings._replace(
                 keys=tuple(array.ctypes.data for array in keys),
                 values=tuple(array.ctypes.data for array in values),
             )

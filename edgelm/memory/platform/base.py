@@ -7,12 +7,10 @@ arguments so that tests can put doubles in their place.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
-@dataclass(frozen=True, slots=True)
-class Pressure:
+class Pressure(NamedTuple):
     """How short memory is at one moment. What a system does not tell is 0.
 
     `stalled` is the share of the last ten seconds in which some task waited for memory. `limit_hits` counts how often
