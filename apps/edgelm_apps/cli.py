@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line (`sys.argv` by default) and return its exit code; prints errors, raises none of its own."""
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the answer
+    # edgelm's own threads compute; those of NumPy's BLAS would spin for 20 ms when they start, and then never be used
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         code = cli.main(args=argv, prog_name="edgelm", standalone_mode=False)
         sys.stdout.flush()
