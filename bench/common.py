@@ -28,6 +28,8 @@ MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
 CONTEXTS = {"smollm2-135m-instruct": 1024, "gemma-3-270m": 2048}
 MB = 1_000_000
 PACKAGES = ("edgelm", "numpy", "llama-cpp-python", "onnxruntime", "onnxruntime-genai")
+COMMAND = "import sys; from edgelm_apps.cli import main; sys.exit(main())"
+"""What the installed `edgelm` script does."""
 
 
 # -- models and prompts --------------------------------------------------------------------------------
@@ -177,7 +179,7 @@ def edgelm_run(
     as_json: bool = True,
 ) -> list[str]:
     """Return the command line of one `edgelm run` that is measured."""
-    argv = [sys.executable, "-m", "edgelm_apps.cli", "run", str(model), prompt, "--raw", "--ignore-eos"]
+    argv = [sys.executable, "-c", COMMAND, "run", str(model), prompt, "--raw", "--ignore-eos"]
     argv += ["--max-tokens", str(max_tokens), "--threads", str(threads), "--context", str(context), "--quiet"]
     argv += ["--memory", str(memory_bytes)] if memory_bytes else []
     argv += ["--backend", backend] if backend else []
