@@ -123,7 +123,7 @@ def test_adopted_weights_give_the_same_bits(mx: Any, session: MlxSession, kind: 
                     for i, (weight, address) in enumerate(zip(segment.weights, bindings.weights, strict=True))
                 )
                 recording.relocate_weights()
-            bindings.weights = tuple(handles)
+            bindings = bindings._replace(weights=tuple(handles))
             program.run(bindings)
 
     (expected,) = recording.run(session, [output])
