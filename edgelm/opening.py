@@ -293,7 +293,7 @@ def _open_part(
             store.close()
         raise
     simulated = (device.name if device else "", name if chosen.capabilities().simulated else "")
-    rates = replace(rates, simulated=", ".join(filter(None, simulated)) or None)
+    rates = rates._replace(simulated=", ".join(filter(None, simulated)) or None)
     return _Part(Phase(file, chosen, session, rates, pattern), store, told, lost)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,7 +145,7 @@ class _Program(NamedTuple):
 
     def run(self, bindings: Bindings) -> None:
         places = (self.copies[at].ctypes.data if at < 0 else at for at in bindings.weights)
-        self.inner.run(replace(bindings, weights=tuple(places)))
+        self.inner.run(bindings._replace(weights=tuple(places)))
 
 
 def _unpacked(raw: NDArray[np.uint8], width: int, outputs: int) -> tuple[Codes, Floats]:

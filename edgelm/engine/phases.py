@@ -104,7 +104,7 @@ def _prepare_at(answers: Phase, prompts: Phase, request: Request, process_bytes:
         )
         for part, one, phase in zip(parts, (plan, plan.prompts), (answers, prompts), strict=True)
     )  # fmt: skip
-    return replace(first, prompts=second)
+    return first._replace(prompts=second)
 
 
 def replan(prepared: Prepared, engine: Engine, budget_bytes: int) -> Plan:
@@ -217,5 +217,5 @@ class _Both:
         prompts = make_plan(model.matrices, [needed], left, *terms)
         if prompts.streamed or prompts.adopts:  # else it is one segment, as was guessed
             prompts = agreed_plan(model, self._prompting, needed, left, terms) or prompts
-        both = replace(answers.demand, beside_bytes=prompts.planned_bytes)
+        both = answers.demand._replace(beside_bytes=prompts.planned_bytes)
         return replace(answers, budget_bytes=budget_bytes, demand=both, prompts=prompts)
