@@ -65,7 +65,7 @@ FOLDER_LINES = {  # raised only on purpose
     "backends/edgelm_mlx": 1200,
     "backends/edgelm_npu": 1400,
     "models/edgelm_models": 2100,
-    "apps/edgelm_apps": 3500,
+    "apps/edgelm_apps": 3600,
 }
 
 
