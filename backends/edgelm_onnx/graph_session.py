@@ -14,7 +14,7 @@ from edgelm.errors import Cancelled, ModelFileError, UnsupportedModel
 from edgelm.files.graph import GraphModel, Port
 from edgelm_onnx.graph_memory import graph_memory, scratch_bytes
 from edgelm_onnx.huge_pages import collapse_since, regions
-from edgelm_onnx.runtime import library
+from edgelm_onnx.runtime import library, set_threads
 
 _FATAL = 4  # ONNX Runtime would write to stderr what its exceptions say anyway
 _MEANS_UNSUPPORTED = ("NotImplemented", "NoModel", "EPFail")
@@ -44,7 +44,7 @@ class OnnxGraphSession:
     def load(self) -> None:
         path, lib = self._model.graph.path, self._lib
         options = lib.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = self._n_threads, 1
+        set_threads(options, self._n_threads)
         options.log_severity_level = _FATAL
         # an arena keeps the largest pass for ever, and patterns are kept for every length that the mask ever had
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False

@@ -94,6 +94,14 @@ def use_pool(n_threads: int) -> None:
     _pool = n_threads
 
 
+def set_threads(options: Any, n_threads: int) -> None:
+    """Give a session threads of its own, unless the process has a pool: then ONNX Runtime allows nothing else."""
+    if _pool is None:
+        options.intra_op_num_threads, options.inter_op_num_threads = n_threads, 1
+    else:
+        options.use_per_session_threads = False
+
+
 def use_arena() -> None:
     """Let sessions made from now on share memory for what they allocate while they run, and keep it."""
     global _arena
@@ -120,11 +128,7 @@ class Graph:
         else:
             options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
-        if _pool is None:
-            options.intra_op_num_threads = 1
-            options.inter_op_num_threads = 1
-        else:
-            options.use_per_session_threads = False
+        set_threads(options, 1)
         self._device = device = lib.OrtDevice(lib.OrtDevice.cpu(), lib.OrtDevice.default_memory(), 0)
         self._values = [_Value(lib.OrtValue.ortvalue_from_numpy(array, device)) for array in stands.values()]
         self._arrays = list(stands.values())
