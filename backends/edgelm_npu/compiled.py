@@ -96,14 +96,23 @@ class CompiledProducts:
         options.log_severity_level = 3
         model = _model(weights, scales, self._provider.graph)
         try:
-            return self._runtime.InferenceSession(
-                model, options, providers=[(self._provider.execution_provider, self._options)]
-            )
+            return self._session(model, options)
         except Exception as exc:  # each provider raises errors of its own
             said = str(exc).strip().splitlines()[-1]
             raise BackendUnavailable(
                 "npu", f"{self._provider.name} refuses a product: {said}", "unset EDGELM_NPU"
             ) from exc
+
+
+    def _session(self, model: bytes, options: Any) -> Any:
+        providers = [(self._provider.execution_provider, self._options)]
+        try:
+            return self._runtime.InferenceSession(model, options, providers=providers)
+        except RuntimeError as exc:
+            if "use_per_session_threads" not in str(exc):
+                raise
+            options.use_per_session_threads = False  # the process has a pool, which all sessions must share then
+            return self._runtime.InferenceSession(model, options, providers=providers)
 
 
 class CompiledSession(NpuSession):
