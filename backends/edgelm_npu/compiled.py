@@ -103,7 +103,6 @@ class CompiledProducts:
                 "npu", f"{self._provider.name} refuses a product: {said}", "unset EDGELM_NPU"
             ) from exc
 
-
     def _session(self, model: bytes, options: Any) -> Any:
         providers = [(self._provider.execution_provider, self._options)]
         try:
