@@ -13,6 +13,7 @@ import pytest
 import edgelm.errors
 from edgelm_apps.cli import COMMANDS
 from edgelm_apps.reference import regenerated
+from edgelm_apps.verify import EXIT_OUTSIDE
 
 CLI_PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 
@@ -58,7 +59,7 @@ def test_every_exit_code_is_documented():
     kinds = [edgelm.errors.EdgeLMError]
     for kind in kinds:
         kinds.extend(kind.__subclasses__())
-    assert {kind.exit_code for kind in kinds} | {0, 2, 130, 141} == documented
+    assert {kind.exit_code for kind in kinds} | {0, 2, EXIT_OUTSIDE, 130, 141} == documented
 
 
 def test_plan(edgelm_command, engine, model_file):

@@ -141,7 +141,7 @@ def ids_of(model: edgelm.Model, change: Sequence[str] = ()) -> list[int | None]:
 
 def test_the_consumer_of_a_stream_may_change_the_budget(model: edgelm.Model) -> None:
     expected = ids_of(model)
-    assert ids_of(model, ["300MB", "200MB", "500MB"]) == expected
+    assert ids_of(model, ["400MB", "300MB", "500MB"]) == expected
     assert model.plan.budget_bytes == 500_000_000
 
 

@@ -18,7 +18,7 @@ import pytest
 from layout_backends import Shuffled
 
 import edgelm
-from edgelm.engine import health, registry
+from edgelm.engine import choosing, health, registry
 from edgelm.engine.preparing import look_up, prepare_file
 from edgelm.errors import BudgetTooSmall, ConfigError, PreparationError
 from edgelm.files import prepared, writing
@@ -36,7 +36,17 @@ LAYOUT = Shuffled()
 
 @pytest.fixture(autouse=True)
 def _backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "_NO_LIBRARY", frozenset({"numpy", *layout_backends.NAMES}))
+    real = health.check
+
+    def check(name: str, **options: Any) -> health.Verdict:
+        """Trust the backends of the tests: a child process would not know their names."""
+        if name not in layout_backends.NAMES:
+            return real(name, **options)
+        backend = registry.get_backend(name)
+        return health.Verdict(*backend.probe(), identity=health.identity(backend))
+
+    for module in (health, choosing):
+        monkeypatch.setattr(module, "check", check)
     monkeypatch.setattr(prepared, "_opened", set())
     for name, target in layout_backends.NAMES.items():
         monkeypatch.setitem(registry.BACKENDS, name, target)
