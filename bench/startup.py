@@ -17,7 +17,7 @@ import common
 PROMPT = "The quick brown fox jumps over the lazy"
 OURS = """
 import edgelm
-with edgelm.load({model!r}, threads={threads}, context=1024) as model:
+with edgelm.load({model!r}, threads={threads}, context=1024, backend="llamacpp") as model:
     print(next(model.stream({prompt!r}, max_tokens=1)).text, flush=True)
 """
 THEIRS = """
@@ -49,7 +49,8 @@ def first_byte_s(argv: list[str]) -> tuple[float, float]:
 def main() -> None:
     args = common.arguments(__doc__, rounds=9).parse_args()
     report = common.Report(
-        "startup", {"threads": args.threads, "budget": "default", "context": 1024, "rounds": args.rounds}
+        "startup",
+        {"threads": args.threads, "backend": "llamacpp", "budget": "default", "context": 1024, "rounds": args.rounds},
     )
     for name in args.models:
         model = common.find_model(name)
@@ -83,7 +84,9 @@ def main() -> None:
 def commands(model: Path, threads: int) -> dict[str, list[str]]:
     places = {"model": str(model), "threads": threads, "prompt": PROMPT}
     return {
-        "edgelm run": common.edgelm_run(model, PROMPT, max_tokens=1, threads=threads, context=1024, as_json=False),
+        "edgelm run": common.edgelm_run(
+            model, PROMPT, max_tokens=1, threads=threads, context=1024, backend="llamacpp", as_json=False
+        ),
         "edgelm, Python": [sys.executable, "-c", OURS.format(**places)],
         "llama-cpp-python": [sys.executable, "-c", THEIRS.format(**places)],
     }

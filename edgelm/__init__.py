@@ -9,9 +9,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -141,33 +138,20 @@ def load(
     Raises `BudgetTooSmall` with the smallest budget that works, `ModelFileError`, `UnsupportedModel`,
     `BackendUnavailable`, `PreparationError` or `ConfigError`.
     """
-    with _uncollected():
-        from edgelm.model import Model
-        from edgelm.opening import open_engine
+    from edgelm.model import Model
+    from edgelm.opening import open_engine
 
-        opened = open_engine(
-            path,
-            memory=memory,
-            backend=backend,
-            threads=threads,
-            context=context,
-            simulate=simulate,
-            progress=progress,
-            notice=notice,
-        )
-        return Model(opened, adaptive)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """While inside, no cycles are looked for: imports and graphs make many objects that all stay."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+    opened = open_engine(
+        path,
+        memory=memory,
+        backend=backend,
+        threads=threads,
+        context=context,
+        simulate=simulate,
+        progress=progress,
+        notice=notice,
+    )
+    return Model(opened, adaptive)
 
 
 def __getattr__(name: str) -> Any:

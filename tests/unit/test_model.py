@@ -47,23 +47,6 @@ def model(model_file: Path) -> Iterator[Model]:
         yield model
 
 
-def test_loading_leaves_the_collector_of_cycles_as_it_was(model_file: Path, tmp_path: Path) -> None:
-    seen: list[bool] = []
-    load(model_file, progress=lambda *_: seen.append(gc.isenabled())).close()
-    assert seen
-    assert not any(seen)
-    assert gc.isenabled()
-    with pytest.raises(edgelm.ModelNotFound):
-        load(tmp_path / "missing.gguf")
-    assert gc.isenabled()
-    gc.disable()
-    try:
-        load(model_file).close()
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
-
-
 def tokens(chunks: list[Chunk]) -> list[int]:
     return [chunk.token_id for chunk in chunks if chunk.token_id is not None]
 
