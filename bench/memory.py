@@ -36,11 +36,14 @@ def main() -> None:
     parser.add_argument("--context", type=int, help="default: 1024 for SmolLM2, 2048 for Gemma")
     parser.add_argument("--fixed-only", action="store_true")
     parser.add_argument("--random", type=int, metavar="N")
+    parser.add_argument("--backend", default="llamacpp", help="ids of others are compared with their own, all resident")
     args = parser.parse_args()
+    _SIDE["backend"] = args.backend
+    kind = "" if args.backend == "llamacpp" else f"-{args.backend}"
     if args.random:
         random_triples(args)
         return
-    report = common.Report("memory", {"threads": args.threads, "backend": "llamacpp", "tokens": args.tokens})
+    report = common.Report(f"memory{kind}", {"threads": args.threads, **_SIDE, "tokens": args.tokens})
     for name in args.models:
         model, context = common.find_model(name), args.context or common.CONTEXTS.get(name, 2048)
         smallest = smallest_budget(model, context, args.threads)
@@ -55,7 +58,7 @@ def main() -> None:
 
 def random_triples(args: argparse.Namespace) -> None:
     """Prove random plans; write a summary, and every triple that failed."""
-    report = common.Report("memory-random", {"threads": args.threads, "backend": "llamacpp", "tokens": args.tokens})
+    report = common.Report("memory-random", {"threads": args.threads, **_SIDE, "tokens": args.tokens})
     rng, n_cold = random.Random(1), 0
     held: dict[str, int] = {"(a) held": 0, "(b) held": 0, "(c) held": 0}
     for i in range(args.random):
@@ -80,7 +83,7 @@ def smallest_budget(model: Path, context: int, threads: int) -> int:
     """Return the smallest budget that edgelm names when it refuses one, with 1 % of ease, in whole MB."""
     child = common.run(
         common.edgelm_run(
-            model, PROMPT, max_tokens=1, threads=threads, context=context, memory_bytes=common.MB, backend="llamacpp"
+            model, PROMPT, max_tokens=1, threads=threads, context=context, memory_bytes=common.MB, **_SIDE
         )
     )
     needed = re.search(r"needs ([0-9.]+) MB", child.stderr)
@@ -96,7 +99,7 @@ def fixed(report: common.Report, name: str, model: Path, context: int, budget_by
     """
     prompt = common.text_of(model, context - 32)
     spec = {"model": model, "prompts": [prompt], "max_tokens": 32, "threads": threads, "context": context}
-    child = common.run(common.side("ours", **spec, memory=budget_bytes, backend="llamacpp"))
+    child = common.run(common.side("ours", **spec, memory=budget_bytes, **_SIDE))
     plan = child.json()["plan"]
     held = plan["pinned_bytes"] + plan["slots_bytes"] + plan["kv_bytes"] + plan["constants_bytes"]
     report.add(
@@ -112,11 +115,12 @@ def fixed(report: common.Report, name: str, model: Path, context: int, budget_by
     )
 
 
+_SIDE = {"backend": "llamacpp"}
 _ANSWERS: dict[tuple[Path, int], tuple[list[int], str]] = {}
 
 
 class Proofs:
-    """The three proofs of one model; texts and ids are compared with llama.cpp's."""
+    """The three proofs of one model; ids are compared with llama.cpp's, or with the backend's own, all resident."""
 
     def __init__(self, model: Path, context: int, threads: int, n_tokens: int, compared: bool = True) -> None:
         self._model = model
@@ -126,7 +130,10 @@ class Proofs:
         if key not in _ANSWERS:
             if not compared:  # the answer does not depend on the context
                 self._options["context"] = spec["context"] = 512
-            ids = common.run(common.side("peer", **spec)).json()["runs"][0]["token_ids"]
+            if _SIDE["backend"] == "llamacpp":
+                ids = common.run(common.side("peer", **spec)).json()["runs"][0]["token_ids"]
+            else:
+                ids = common.run(self._command(None)).json()["token_ids"]
             _ANSWERS[key] = ids, common.run(self._command(None, as_json=False)).stdout
             self._options["context"] = context
         self._ids, self._text = _ANSWERS[key]
@@ -149,7 +156,7 @@ class Proofs:
 
     def _command(self, budget_bytes: int | None, as_json: bool = True) -> list[str]:
         return common.edgelm_run(
-            self._model, PROMPT, memory_bytes=budget_bytes, backend="llamacpp", as_json=as_json, **self._options
+            self._model, PROMPT, memory_bytes=budget_bytes, **_SIDE, as_json=as_json, **self._options
         )
 
     def warm(self, budget_bytes: int) -> dict[str, Any]:
