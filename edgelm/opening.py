@@ -51,6 +51,8 @@ TEMPLATE_BYTES = 6_500_000
 """The template engine, which is imported when the first chat is rendered."""
 MEASURING_BYTES = 100 * MB
 """Memory that measuring the device may take where the budget has it: weights must not fit into a cache."""
+MAY_STREAM = 3
+"""Times its weights that a model may take with its cache and all else; with more room it surely stays in memory."""
 SPARE_BYTES = 8 * MB
 """What measuring leaves of the budget."""
 
@@ -370,7 +372,7 @@ def _pattern(store: Store, file: ModelFile, limit_bytes: int, device: Device | N
 
 def _may_stream(file: ModelFile, budget_bytes: int) -> bool:
     """Say whether the flash's speed can matter: whether weights, with what comes with them, could miss the budget."""
-    return 2 * file.total_tensor_bytes > budget_bytes - current_platform().rss_bytes()
+    return MAY_STREAM * file.total_tensor_bytes > budget_bytes - current_platform().rss_bytes()
 
 
 def process_bytes_of(file: ModelFile) -> int:

@@ -160,7 +160,7 @@ class Plan:
         Of the output head a pass computes one row, and none at all if it is not the last one of a prompt.
         """
         rates = self.rates
-        if rates is None or not self.units:
+        if rates is None or not self.units or (self.streamed and not rates.flash_bytes_per_s):
             return 0.0
         compute, reads = [], []
         overhead = rates.overhead_s(n_tokens) + self.streamed_bytes * rates.read_cost_s_per_byte

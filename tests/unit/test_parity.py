@@ -215,7 +215,10 @@ def test_the_text_is_as_described() -> None:
 # -- backends ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [name if name in ("llama", "gemma3") else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES],
+)
 def test_every_backend_that_works_here_agrees_with_the_oracle(tmp_path, architecture) -> None:
     path = tiny_model(tmp_path / "model.gguf", architecture)
     found = edgelm.verify(path, positions=96, context=64, threads=1)  # beyond the sliding windows

@@ -242,3 +242,10 @@ def test_a_pass_waits_for_flash_only_as_much_as_it_must() -> None:
     # all that streams in a row: two slots hide two of the reads behind what stays
     bunched = pass_s([1.0] * 8, [1.0] * 4 + [0.0] * 4, 2)
     assert bunched >= pass_s([1.0] * 8, [1.0, 0.0] * 4, 2) == pytest.approx(8.0)
+
+
+def test_a_plan_that_streams_from_a_flash_nobody_measured_predicts_nothing() -> None:
+    infos = [TensorInfo(f"m{i}", TensorType.F32, (256, 640), 0, i * 655_360, 655_360) for i in range(20)]
+    plan = make_plan(infos, demands(MB, 100), 8 * MB, CONTEXT, Rates(0.0, 1e9))
+    assert plan.streamed
+    assert plan.predicted_decode_tps == plan.predicted_ttft_s(100) == 0.0
