@@ -34,7 +34,6 @@ START = """
 import json, sys, time
 import edgelm, edgelm.opening, edgelm.model
 from edgelm.engine.forward import Engine
-from edgelm.memory.window import Window
 spent = {{}}
 def timed(home, name):
     plain = getattr(home, name)
@@ -45,7 +44,7 @@ def timed(home, name):
         finally:
             spent.setdefault(name, time.perf_counter() - began)
     setattr(home, name, call)
-timed(Window, "load")
+timed(Engine, "load")
 timed(Engine, "forward")
 with edgelm.load({model!r}, threads={threads}, context=1024, backend={backend!r}) as model:
     next(model.stream({prompt!r}, max_tokens=1))
