@@ -130,6 +130,7 @@ def test_another_run_can_be_chosen(profiled: Profiled, chromium: Browser) -> Non
     assert chromium.problems == []
 
 
+@pytest.mark.slow
 def test_json_needs_no_plotly_and_a_budget_that_fails_is_told(
     model: Path, edgelm_command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

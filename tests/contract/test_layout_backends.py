@@ -27,10 +27,12 @@ class _Contract(BackendContract):
         pytest.skip("these backends do not count what undoing their layouts takes")
 
 
+@pytest.mark.slow
 class TestShuffled(_Contract):
     made = layout_backends.SHUFFLED
 
 
+@pytest.mark.slow
 class TestOtherCache(_Contract):
     made = layout_backends.LayoutBackend("placed", cache=CacheLayout("f16", "place_dim", rings=False))
 

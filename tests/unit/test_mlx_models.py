@@ -58,7 +58,7 @@ def test_quantized_folders_are_continued_as_mlx_lm_does(
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", pytest.param("gemma-3-270m", marks=pytest.mark.slow)])
 def test_real_models_equal_the_oracle(real_model: Callable[[str], Path], name: str) -> None:
     path, ids = real_model(name), [2, *range(500, 512)]
     ours, theirs = (evaluate(path, ids, backend=backend, n_context=256) for backend in ("mlx", "numpy"))

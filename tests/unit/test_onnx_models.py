@@ -51,7 +51,7 @@ def test_quantized_models_agree_with_the_oracle(tmp_path: Path, architecture: st
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", pytest.param("gemma-3-270m", marks=pytest.mark.slow)])
 def test_real_models_agree_with_the_oracle(real_model: Callable[[str], Path], name: str) -> None:
     path = real_model(name)
     ids = load_tokenizer(open_indexed(path)).encode(TEXT)

@@ -274,6 +274,7 @@ def test_layouts_of_weights_and_caches_change_nothing(tmp_path, register) -> Non
         assert (one.text.mean_kl, one.greedy_kl, max(one.operations.values())) == (0.0, 0.0, 0.0), one.backend
 
 
+@pytest.mark.slow
 def test_a_folder_whose_weights_are_converted_says_so(tmp_path) -> None:
     folder = tiny_folder(tmp_path / "model", "llama", quantized={"": (4, 64)})
     found = edgelm.verify(folder, positions=64, context=64, threads=1)
