@@ -24,9 +24,10 @@ N_PASSES, N_BEFORE = 40, 64
 
 def passes(spec: dict[str, Any]) -> dict[str, float]:
     """Return the median seconds of passes over one token and over four; a child's work."""
+    from edgelm.engine.wishes import Wishes
     from edgelm.opening import open_engine
 
-    engine = open_engine(spec["model"], backend=spec["backend"], threads=spec["threads"], context=1024).engine
+    engine = open_engine(spec["model"], Wishes(backend=spec["backend"], threads=spec["threads"], context=1024)).engine
     seconds: dict[int, list[float]] = {1: [], 4: []}
     ids = [int(token) for token in spec["ids"]]
     engine.forward(ids[:N_BEFORE])

@@ -19,9 +19,10 @@ OUTLIERS = (0, 1, 2, 4, 8, 16)
 
 def logits_of(model: Path, ids: list[int], backend: str, threads: int) -> Any:
     """Return the logits after every token, in passes of `PASS`."""
+    from edgelm.engine.wishes import Wishes
     from edgelm.opening import open_engine
 
-    opened = open_engine(model, memory="4GB", backend=backend, threads=threads, context=1024, max_outputs=PASS)
+    opened = open_engine(model, Wishes(memory="4GB", backend=backend, threads=threads, context=1024, max_outputs=PASS))
     try:
         passes = (ids[i : i + PASS] for i in range(0, len(ids), PASS))
         return np.concatenate([opened.engine.forward(some, len(some)).copy() for some in passes])

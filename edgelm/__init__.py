@@ -138,20 +138,12 @@ def load(
     Raises `BudgetTooSmall` with the smallest budget that works, `ModelFileError`, `UnsupportedModel`,
     `BackendUnavailable`, `PreparationError` or `ConfigError`.
     """
+    from edgelm.engine.wishes import Wishes
     from edgelm.model import Model
     from edgelm.opening import open_engine
 
-    opened = open_engine(
-        path,
-        memory=memory,
-        backend=backend,
-        threads=threads,
-        context=context,
-        simulate=simulate,
-        progress=progress,
-        notice=notice,
-    )
-    return Model(opened, adaptive)
+    wishes = Wishes(memory, backend, threads, context, simulate)
+    return Model(open_engine(path, wishes, progress, notice), adaptive)
 
 
 def __getattr__(name: str) -> Any:

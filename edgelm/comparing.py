@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from edgelm.engine.choosing import Asked, Candidate, consider
 from edgelm.engine.loading import open_path
 from edgelm.engine.weighed import UNKNOWN
+from edgelm.engine.wishes import Wishes
 from edgelm.errors import BackendUnavailable, BudgetTooSmall, EdgeLMError, UnsupportedModel
 from edgelm.files.index import is_genai_folder
 from edgelm.opening import get_ready
@@ -32,26 +34,18 @@ def candidates(
     if is_genai_folder(path):
         from edgelm.opening_graph import graph_candidates
 
-        return graph_candidates(Path(path), memory, threads, context, simulate)
+        return graph_candidates(Path(path), Wishes(memory, threads=threads, context=context, simulate=simulate))
     device = device_of(simulate, threads)
     budget_bytes, _ = budget_of(memory, device)
-    asked = Asked(os.fspath(path), budget_bytes, threads_of(threads, device), context, 1, simulate)
+    wishes = Wishes(memory, threads=threads, context=context, simulate=simulate)
+    asked = Asked(os.fspath(path), budget_bytes, threads_of(threads, device), wishes)
     return consider(open_path(path), asked, fresh=recheck)
 
 
-def weigh(
-    path: str,
-    memory: int,
-    backend: str,
-    threads: int,
-    context: int | None,
-    max_outputs: int,
-    simulate: str | None,
-    host_bytes: int,
-) -> dict[str, Any]:
-    """Return what this backend would do in another process, which takes `host_bytes`: fields of `Weighed`."""
+def weigh(path: str, host_bytes: int, wishes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a backend would do in another process, which takes `host_bytes`: fields of `Weighed`."""
     try:
-        ready = get_ready(path, memory, backend, threads, context, max_outputs, simulate, host_bytes=host_bytes)
+        ready = get_ready(path, Wishes(**wishes), host_bytes=host_bytes)
     except BudgetTooSmall as exc:
         return {"needed_bytes": exc.needed_bytes - host_bytes}
     except (BackendUnavailable, UnsupportedModel) as exc:

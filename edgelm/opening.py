@@ -12,16 +12,15 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from edgelm.concessions import concessions, old_tables
 from edgelm.engine.backend import Backend, Session
 from edgelm.engine.calibration import measured_rates
 from edgelm.engine.choosing import Asked, choose, split_name
-from edgelm.engine.demand import CHUNKS, RESERVE_BYTES
-from edgelm.engine.forward import Engine
 from edgelm.engine.health import open_session
 from edgelm.engine.loading import Prepared, Request, computable, default_context, layout_for, open_path
-from edgelm.engine.phased import PhasedEngine
-from edgelm.engine.phases import Phase, Sources, build, prepare, replan
+from edgelm.engine.phases import Phase, Sources, build, prepare
 from edgelm.engine.running import Running
+from edgelm.engine.wishes import Wishes
 from edgelm.errors import (
     BackendUnavailable,
     BudgetTooSmall,
@@ -38,21 +37,19 @@ from edgelm.memory.platform import current_platform
 from edgelm.memory.platform.allocator import trim, tune_allocator
 from edgelm.memory.stores import Store, ThrottledStore, open_store
 from edgelm.memory.verified import verified
+from edgelm.replanning import Replanning, flash_pattern, may_stream
 from edgelm.resources import budget_of, device_of, threads_of
 from edgelm.simulated import Device
 from edgelm.sizes import MB, human
-from edgelm.text.tables import FORMAT
 from edgelm.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from edgelm.memory.flash import ReadPattern
+    pass
 
 TEMPLATE_BYTES = 6_500_000
 """The template engine, which is imported when the first chat is rendered."""
 MEASURING_BYTES = 100 * MB
 """Memory that measuring the device may take where the budget has it: weights must not fit into a cache."""
-MAY_STREAM = 3
-"""Times its weights that a model may take with its cache and all else; with more room it surely stays in memory."""
 SPARE_BYTES = 8 * MB
 """What measuring leaves of the budget."""
 
@@ -122,13 +119,7 @@ class _Part(NamedTuple):
 
 def open_engine(
     path: str | PathLike[str],
-    *,
-    memory: str | int | None = None,
-    backend: str = "auto",
-    threads: int | None = None,
-    context: int | None = None,
-    max_outputs: int = 1,
-    simulate: str | None = None,
+    wishes: Wishes,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> Opened:
@@ -136,9 +127,9 @@ def open_engine(
     if is_genai_folder(path):
         from edgelm.opening_graph import open_graph
 
-        return open_graph(Path(path), memory, backend, threads, context, max_outputs, simulate, progress)
+        return open_graph(Path(path), wishes, progress)
     making = _Making(progress, notice)
-    ready = get_ready(path, memory, backend, threads, context, max_outputs, simulate, making)
+    ready = get_ready(path, wishes, making)
     try:
         sources, loaders = zip(*(part.sources() for part in ready.parts), strict=True)
         engine = build(ready.prepared, sources, progress)
@@ -148,9 +139,9 @@ def open_engine(
     except BaseException:
         ready.close()
         raise
-    notes = (*ready.notes, *concessions(ready.prepared.plan, context or default_context(ready.file)))
-    notes += _old_tables(ready.file)
-    replanned = _Replanning(ready.prepared, engine)
+    notes = (*ready.notes, *concessions(ready.prepared.plan, wishes.context or default_context(ready.file)))
+    notes += old_tables(ready.file)
+    replanned = Replanning(ready.prepared, engine)
     return Opened(ready.file, ready.tokenizer, engine, replanned, ready.backend, notes, ready.lost)
 
 
@@ -164,23 +155,19 @@ def plan(
     simulate: str | None = None,
 ) -> Plan:
     """Return the plan that `load` would carry out, without reading weights. Raises what `load` raises."""
+    wishes = Wishes(memory, backend, threads, context, simulate)
     if is_genai_folder(path):
         from edgelm.opening_graph import graph_plan
 
-        return graph_plan(Path(path), memory, backend, threads, context, simulate)
-    ready = get_ready(path, memory, backend, threads, context, 1, simulate)
+        return graph_plan(Path(path), wishes)
+    ready = get_ready(path, wishes)
     ready.close()
     return ready.prepared.plan
 
 
 def get_ready(
     path: str | PathLike[str],
-    memory: str | int | None,
-    backend: str,
-    threads: int | None,
-    context: int | None,
-    max_outputs: int,
-    simulate: str | None,
+    wishes: Wishes,
     making: _Making | None = None,
     host_bytes: int | None = None,
 ) -> Ready:
@@ -189,14 +176,14 @@ def get_ready(
     Takes the first of the chosen backends that goes through with it. `host_bytes`: this is done on trial for another
     process, which takes so much.
     """
-    device = device_of(simulate, threads)
-    n_threads = threads_of(threads, device)
+    device = device_of(wishes.simulate, wishes.threads)
+    n_threads = threads_of(wishes.threads, device)
     tune_allocator()
     source = open_path(path)
-    budget_bytes, note = budget_of(memory, device)
-    asked = Asked(os.fspath(path), budget_bytes, n_threads, context, max_outputs, simulate)
+    budget_bytes, note = budget_of(wishes.memory, device)
+    asked = Asked(os.fspath(path), budget_bytes, n_threads, wishes)
     host = _Host(current_platform().rss_bytes(), host_bytes)
-    choice = choose(source, backend, asked)  # trial runs in children, if any, come before this process grows
+    choice = choose(source, wishes.backend, asked)  # trial runs in children, if any, come before this process grows
     if is_folder(path):
         from edgelm.engine.foldertext import build_tables_apart
 
@@ -241,7 +228,7 @@ def _with_backend(
     making: _Making | None,
     host: _Host,
 ) -> Ready:
-    request = Request(asked.budget_bytes, asked.context, asked.n_threads, asked.max_outputs)
+    request = Request(asked.budget_bytes, asked.wishes.context, asked.n_threads, asked.wishes.max_outputs)
     prompts, answers = split_name(name)
     parts: list[_Part] = []
     try:
@@ -284,7 +271,9 @@ def _open_part(
         free_bytes = budget_bytes - current_platform().rss_bytes() - host.beside_bytes - SPARE_BYTES
         room = min(max(free_bytes, 0), MEASURING_BYTES)
         pattern = (
-            _pattern(store, readable, room, device) if device or _may_stream(file, budget_bytes // n_sharing) else None
+            flash_pattern(store, readable, room, device)
+            if device or may_stream(file, budget_bytes // n_sharing)
+            else None
         )
         flash_bytes_per_s = pattern.bytes_per_s if pattern else 0.0
         reads = (store, readable) if pattern else None
@@ -328,67 +317,7 @@ def _in_layout(
     return file, file, (*told, f"prepared for the {backend.name} backend: {where}"), lost
 
 
-def _old_tables(file: ModelFile) -> tuple[str, ...]:
-    if file.pack is None or file.pack.has_tables(FORMAT):
-        return ()
-    return ("the tokenizer tables of this pack are of another edgelm; pack the model again for a faster start",)
-
-
-class _Replanning:
-    """Plans another budget for a running engine, with its flash measured, which a resident model has no use for."""
-
-    def __init__(self, prepared: Prepared, engine: Engine) -> None:
-        self._prepared, self._engine = prepared, engine
-
-    def __call__(self, budget_bytes: int) -> tuple[Plan, tuple[str, ...]]:
-        if self._engine.pattern is None:
-            self._prepared = _with_flash(self._prepared, self._engine)
-        plan = replan(self._prepared, self._engine, budget_bytes)
-        return plan, concessions(plan, plan.context)
-
-
-def _with_flash(prepared: Prepared, engine: Engine) -> Prepared:
-    """Return what a model was prepared from with its flash measured."""
-    if prepared.rates is None:
-        return prepared
-    engine.pattern = _pattern(engine.store, prepared.file, RESERVE_BYTES)
-    rates = prepared.rates._replace(flash_bytes_per_s=engine.pattern.bytes_per_s)
-    prompts = prepared.prompts
-    if prompts is not None and isinstance(engine, PhasedEngine) and engine.prompts.pattern is None:
-        prompts = _with_flash(prompts, engine.prompts)
-    return prepared._replace(pattern=engine.pattern, rates=rates, prompts=prompts)
-
-
-def _pattern(store: Store, file: ModelFile, limit_bytes: int, device: Device | None = None) -> ReadPattern:
-    from edgelm.memory.flash import DEFAULT_SHAPE, ReadPattern  # resident models do without
-
-    if device is not None:
-        speed = device.read_bytes_per_s(DEFAULT_SHAPE.block_bytes)
-        return ReadPattern(*DEFAULT_SHAPE, store.how, speed, device.latency_s, 0.0)
-    from edgelm.engine.reading import read_pattern
-
-    return read_pattern(store, file, limit_bytes)
-
-
-def _may_stream(file: ModelFile, budget_bytes: int) -> bool:
-    """Say whether the flash's speed can matter: whether weights, with what comes with them, could miss the budget."""
-    return MAY_STREAM * file.total_tensor_bytes > budget_bytes - current_platform().rss_bytes()
-
-
 def process_bytes_of(file: ModelFile) -> int:
     """Return what the process takes before a model's memory, with what the first chat will still import."""
     late = TEMPLATE_BYTES if "tokenizer.chat_template" in file.metadata and "jinja2" not in sys.modules else 0
     return Meter().sample().rss_bytes + late
-
-
-def concessions(plan: Plan, wanted: int) -> tuple[str, ...]:
-    """Return what was given up to keep the budget, a sentence each. `wanted`: the context without a budget."""
-    notes: list[str] = []
-    if plan.context < wanted:
-        notes.append(f"context shortened from {wanted} to {plan.context} tokens: the budget holds no more")
-    chunk = (plan.prompts or plan).chunk
-    if chunk < min(CHUNKS[0], plan.context):
-        notes.append(f"prompts are read in passes of {chunk} tokens instead of {CHUNKS[0]}")
-    if plan.streamed:
-        notes.append(f"{human(plan.streamed_bytes)} of {human(plan.pass_bytes)} weights are read from flash each pass")
-    return tuple(notes)

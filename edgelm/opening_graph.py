@@ -17,6 +17,7 @@ from edgelm.engine.health import check
 from edgelm.engine.loading import DEFAULT_CONTEXT, Request
 from edgelm.engine.registry import backend_names
 from edgelm.engine.whole import CHUNKS, WholeEngine, plan_whole
+from edgelm.engine.wishes import Wishes
 from edgelm.errors import BudgetTooSmall, ConfigError
 from edgelm.files.genai import GenaiFolder
 from edgelm.files.model import ModelFile
@@ -42,19 +43,10 @@ class _Ready(NamedTuple):
     notes: tuple[str, ...]
 
 
-def open_graph(
-    path: Path,
-    memory: str | int | None,
-    backend: str,
-    threads: int | None,
-    context: int | None,
-    max_outputs: int,
-    simulate: str | None,
-    progress: Callable[[int, int], None] | None,
-) -> Opened:
+def open_graph(path: Path, wishes: Wishes, progress: Callable[[int, int], None] | None) -> Opened:
     """Load the model of a folder inside a budget; see `edgelm.load`."""
-    ready = _get_ready(path, memory, backend, threads, context, max_outputs, simulate)
-    engine = WholeEngine(ready.folder.model, ready.plan, ready.session, ready.request.n_threads, max_outputs)
+    ready = _get_ready(path, wishes)
+    engine = WholeEngine(ready.folder.model, ready.plan, ready.session, ready.request.n_threads, wishes.max_outputs)
     total = sum(ready.file.file_bytes)
     try:
         if progress is not None:
@@ -74,46 +66,36 @@ def open_graph(
     return Opened(ready.file, ready.tokenizer, engine, replanned, ready.backend, ready.notes, ())
 
 
-def graph_plan(
-    path: Path, memory: str | int | None, backend: str, threads: int | None, context: int | None, simulate: str | None
-) -> Plan:
+def graph_plan(path: Path, wishes: Wishes) -> Plan:
     """Return the plan that `open_graph` would carry out, without reading weights."""
-    ready = _get_ready(path, memory, backend, threads, context, 1, simulate)
+    ready = _get_ready(path, wishes)
     ready.session.close()
     return ready.plan
 
 
-def _get_ready(
-    path: Path,
-    memory: str | int | None,
-    backend: str,
-    threads: int | None,
-    context: int | None,
-    max_outputs: int,
-    simulate: str | None,
-) -> _Ready:
-    if simulate is not None:
+def _get_ready(path: Path, wishes: Wishes) -> _Ready:
+    if wishes.simulate is not None:
         raise ConfigError(
             "a simulated device slows down reads while a model runs, and an ONNX graph reads nothing then; "
             "leave --simulate out, or use the model as a GGUF file"
         )
-    n_threads = threads_of(threads, device_of(None, threads))
+    n_threads = threads_of(wishes.threads, device_of(None, wishes.threads))
     tune_allocator()
     file, folder = open_genai(path)
-    chosen, name, notes = choose_for_graph(backend)
+    chosen, name, notes = choose_for_graph(wishes.backend)
     build_tables_apart(path, file.fingerprint)
     tokenizer = load_tokenizer(file)
     tokenizer.eos_ids |= frozenset(folder.eos_ids)
-    budget_bytes, note = budget_of(memory, None)
+    budget_bytes, note = budget_of(wishes.memory, None)
     session = chosen.open_graph(folder.model, n_threads)
     try:
         trim()
-        request = Request(budget_bytes, context, n_threads, max_outputs)
+        request = Request(budget_bytes, wishes.context, n_threads, wishes.max_outputs)
         plan = plan_whole(folder.model, session, request, process_bytes_of(file))
     except BaseException:
         session.close()
         raise
-    wanted = context or min(folder.model.n_context, DEFAULT_CONTEXT)
+    wanted = wishes.context or min(folder.model.n_context, DEFAULT_CONTEXT)
     return _Ready(
         file, folder, tokenizer, name, session, request, plan, (*note, *notes, *_concessions(folder, plan, wanted))
     )
@@ -134,9 +116,7 @@ def _concessions(folder: GenaiFolder, plan: Plan, wanted: int) -> tuple[str, ...
     return tuple(notes)
 
 
-def graph_candidates(
-    path: Path, memory: str | int | None, threads: int | None, context: int | None, simulate: str | None
-) -> tuple[Candidate, ...]:
+def graph_candidates(path: Path, wishes: Wishes) -> tuple[Candidate, ...]:
     """Return every registered backend with what it would do with this graph, the one that is taken first."""
     found: list[Candidate] = []
     for name in backend_names():
@@ -149,7 +129,7 @@ def graph_candidates(
             continue
         chosen = not any(candidate.chosen for candidate in found)
         try:
-            plan = graph_plan(path, memory, name, threads, context, simulate)
+            plan = graph_plan(path, wishes._replace(backend=name))
         except BudgetTooSmall as exc:
             found.append(Candidate(name, tried.version, False, str(exc), needed_bytes=exc.needed_bytes))
         else:

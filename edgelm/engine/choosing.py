@@ -15,6 +15,7 @@ from edgelm.engine.health import ORACLE, check
 from edgelm.engine.ranking import Seen, rank_of, reasons_of
 from edgelm.engine.registry import backend_names, get_backend
 from edgelm.engine.weighed import Weighed, forget, keep, recall
+from edgelm.engine.wishes import Wishes
 from edgelm.errors import BackendUnavailable, UnsupportedModel
 from edgelm.files.ggml_types import TensorType
 from edgelm.files.model import ModelFile
@@ -38,9 +39,7 @@ class Asked(NamedTuple):
     path: str
     budget_bytes: int
     n_threads: int
-    context: int | None = None
-    max_outputs: int = 1
-    simulate: str | None = None
+    wishes: Wishes = Wishes()
 
 
 class Candidate(NamedTuple):
@@ -211,20 +210,13 @@ def _weigher(file: ModelFile, asked: Asked, spare: int) -> Callable[[Seen], Seen
 
 def _facts(file: ModelFile, asked: Asked) -> tuple[object, ...]:
     """Return what a measurement holds for, room and library apart."""
-    return (file.fingerprint, *file.paths, asked.n_threads, asked.context, asked.max_outputs, asked.simulate)
+    wishes = asked.wishes._replace(memory=None, backend="", threads=asked.n_threads)
+    return (file.fingerprint, *file.paths, *wishes)
 
 
 def _weigh_in_child(name: str, asked: Asked) -> Weighed:
-    request = {
-        "path": asked.path,
-        "memory": asked.budget_bytes,
-        "backend": name,
-        "threads": asked.n_threads,
-        "context": asked.context,
-        "max_outputs": asked.max_outputs,
-        "simulate": asked.simulate,
-        "host_bytes": current_platform().rss_bytes(),
-    }
+    wishes = asked.wishes._replace(memory=asked.budget_bytes, backend=name, threads=asked.n_threads)
+    request = {"path": asked.path, "host_bytes": current_platform().rss_bytes(), "wishes": wishes._asdict()}
     facts, problem, doubtful = run_child(_CHILD, (json.dumps(request),), TIMEOUT_S, "being measured")
     done = facts.pop("done", False)
     if not problem and not done:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from edgelm.engine.registry import get_backend
+from edgelm.engine.wishes import Wishes
 from edgelm.errors import BudgetTooSmall, EdgeLMError
 from edgelm.opening import Opened, open_engine
 
@@ -62,13 +63,13 @@ def _serve(spec: dict[str, Any], requests: BinaryIO, answers: BinaryIO) -> None:
 
 def _open(spec: dict[str, Any]) -> Opened:
     widths = [rows for rows in ROWS if rows <= spec["context"]]
-    options = {key: spec[key] for key in ("memory", "backend", "threads", "context")}
+    wishes = Wishes(**{key: spec[key] for key in ("memory", "backend", "threads", "context")})
     for rows in widths[:-1]:
         try:
-            return open_engine(spec["path"], max_outputs=rows, **options)
+            return open_engine(spec["path"], wishes._replace(max_outputs=rows))
         except BudgetTooSmall:
             continue
-    return open_engine(spec["path"], max_outputs=widths[-1], **options)
+    return open_engine(spec["path"], wishes._replace(max_outputs=widths[-1]))
 
 
 def _answer(answers: BinaryIO, said: dict[str, Any], payload: bytes | memoryview = b"") -> None:

@@ -13,6 +13,7 @@ import pytest
 from engines import budgets, engine_at, shrink
 from numpy.typing import NDArray
 
+from edgelm.engine.wishes import Wishes
 from edgelm.opening import open_engine
 from edgelm.sizes import GB
 from edgelm.testing import tiny_model
@@ -54,8 +55,8 @@ def test_real_answers_are_those_of_the_processor_on_the_same_cache(
     """Prompt on the NPU, answer on the processor: tokens and logits of the processor alone on that cache."""
     path = real_model("smollm2-135m-instruct")
     options = {"memory": "2GB", "threads": 2, "context": 512}
-    both = open_engine(path, backend=f"npu+{answers}", **options)  # type: ignore[arg-type]
-    alone = open_engine(path, backend=answers, **options)  # type: ignore[arg-type]
+    both = open_engine(path, Wishes(backend=f"npu+{answers}", **options))  # type: ignore[arg-type]
+    alone = open_engine(path, Wishes(backend=answers, **options))  # type: ignore[arg-type]
     try:
         ids = both.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[:150]
         ours = both.engine.forward(ids).copy()
@@ -87,7 +88,7 @@ def test_two_backends_stay_within_one_budget(real_model: Callable[[str], Path], 
 
 
 def logits_of(path: Path, backend: str) -> NDArray[np.float32]:
-    opened = open_engine(path, memory="2GB", backend=backend, threads=2, context=512, max_outputs=16)
+    opened = open_engine(path, Wishes(memory="2GB", backend=backend, threads=2, context=512, max_outputs=16))
     try:
         ids = opened.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[:256]
         return np.concatenate([opened.engine.forward(ids[i : i + 16], 16).copy() for i in range(0, len(ids), 16)])

@@ -14,6 +14,7 @@ from edgelm.engine.backend import Capabilities
 from edgelm.engine.choosing import Asked, choose, consider
 from edgelm.engine.health import Verdict
 from edgelm.engine.weighed import Weighed
+from edgelm.engine.wishes import Wishes
 from edgelm.errors import BackendUnavailable, BudgetTooSmall, ConfigError, UnknownBackend, UnsupportedModel
 from edgelm.files.ggml_types import TensorType
 from edgelm.files.gguf import open_model
@@ -68,7 +69,7 @@ def fakes(monkeypatch):
 
 
 def asked(budget_bytes=GB, path="tiny.gguf", **more):
-    return Asked(str(path), budget_bytes, 1, **more)
+    return Asked(str(path), budget_bytes, 1, Wishes(**more))
 
 
 def reasons(file, budget_bytes=GB):
@@ -400,7 +401,7 @@ def test_a_known_choice_is_quick_and_loads_no_other_library(install_backend, pat
         "from edgelm.files.index import open_indexed; from edgelm.resources import threads_of\n"
         "choosing.backend_names = lambda: [n for n in registry.backend_names() if n in ('slow', 'fast', 'numpy')]\n"
         f"file = open_indexed({str(path)!r}); threads_of(None, None)\n"
-        f"asked = choosing.Asked({str(path)!r}, 400_000_000, 1, 32)\n"
+        f"asked = choosing.Asked({str(path)!r}, 400_000_000, 1, choosing.Wishes(context=32))\n"
         "for name in ('slow', 'fast'): registry.get_backend(name).capabilities()  # not to be counted\n"
         "start = time.process_time(); choice = choosing.choose(file, 'auto', asked)\n"
         "print(choice.names, time.process_time() - start)\n"

@@ -16,6 +16,7 @@ import pytest
 
 import edgelm
 from edgelm.engine.whole import WholeEngine
+from edgelm.engine.wishes import Wishes
 from edgelm.errors import BudgetTooSmall, Cancelled, ConfigError, ContextOverflow
 from edgelm.opening import open_engine
 from edgelm.testing import tiny_model
@@ -41,7 +42,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 @contextmanager
 def opened(folder: Path, **options: Any) -> Iterator[WholeEngine]:
-    engine = open_engine(folder, **{"memory": "1GB", "context": CONTEXT, "threads": 1, **options}).engine
+    engine = open_engine(folder, Wishes(**{"memory": "1GB", "context": CONTEXT, "threads": 1, **options})).engine
     assert isinstance(engine, WholeEngine)
     try:
         yield engine
@@ -105,7 +106,7 @@ def test_several_rows_of_logits(tiny: Any) -> None:
         with pytest.raises(ValueError, match="5 rows"):
             engine.forward(IDS[:6], n_outputs=5)
     with pytest.raises(ConfigError, match="one token at a time"):
-        open_engine(tiny("logits of the last token")[0], memory="1GB", max_outputs=2)
+        open_engine(tiny("logits of the last token")[0], Wishes(memory="1GB", max_outputs=2))
 
 
 def test_prompts_are_cut_and_every_cut_is_told(tiny: Any) -> None:
@@ -229,6 +230,7 @@ FUZZ = """
 import random, sys
 from pathlib import Path
 from edgelm.errors import EdgeLMError
+from edgelm.engine.wishes import Wishes
 from edgelm.opening import open_engine
 sys.path.insert(0, sys.argv[3])
 from test_files_onnx import damaged
@@ -238,7 +240,7 @@ for seed in range(int(sys.argv[2])):
     path.write_bytes(damaged(content, random.Random(seed)))
     print(seed, flush=True)
     try:
-        engine = open_engine(path.parent, memory="1GB", context=32, threads=1).engine
+        engine = open_engine(path.parent, Wishes(memory="1GB", context=32, threads=1)).engine
         try:
             engine.forward([1, 2, 3])
             ran += 1

@@ -1,0 +1,29 @@
+"""What the user should know of a plan: what was given up to keep the budget, a sentence each."""
+
+from __future__ import annotations
+
+from edgelm.engine.demand import CHUNKS
+from edgelm.files.model import ModelFile
+from edgelm.memory.plan import Plan
+from edgelm.sizes import human
+from edgelm.text.tables import FORMAT
+
+
+def concessions(plan: Plan, wanted: int) -> tuple[str, ...]:
+    """Return what was given up to keep the budget, a sentence each. `wanted`: the context without a budget."""
+    notes: list[str] = []
+    if plan.context < wanted:
+        notes.append(f"context shortened from {wanted} to {plan.context} tokens: the budget holds no more")
+    chunk = (plan.prompts or plan).chunk
+    if chunk < min(CHUNKS[0], plan.context):
+        notes.append(f"prompts are read in passes of {chunk} tokens instead of {CHUNKS[0]}")
+    if plan.streamed:
+        notes.append(f"{human(plan.streamed_bytes)} of {human(plan.pass_bytes)} weights are read from flash each pass")
+    return tuple(notes)
+
+
+def old_tables(file: ModelFile) -> tuple[str, ...]:
+    """Say whether a pack's tokenizer tables are of no use here."""
+    if file.pack is None or file.pack.has_tables(FORMAT):
+        return ()
+    return ("the tokenizer tables of this pack are of another edgelm; pack the model again for a faster start",)
