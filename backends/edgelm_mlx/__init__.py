@@ -23,7 +23,7 @@ class MlxBackend:
     name = "mlx"
 
     def probe(self) -> Availability:
-        from edgelm_mlx.library import check
+        from edgelm_mlx.runtime import check
 
         try:
             return Availability(True, version=check())
@@ -32,7 +32,7 @@ class MlxBackend:
 
     def identity(self) -> str:
         """Return what changes whenever the library does; loads nothing."""
-        from edgelm_mlx.library import identity
+        from edgelm_mlx.runtime import identity
 
         return identity()
 

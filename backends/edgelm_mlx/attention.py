@@ -12,7 +12,7 @@ import numpy as np
 
 from edgelm.engine.ir import AttendSpec
 from edgelm_mlx.frame import Frame, Site, Step, at
-from edgelm_mlx.library import Array
+from edgelm_mlx.runtime import Array
 
 _COPIES = 4
 """Arrays as large as the scores that softmax and what surrounds it may make."""

@@ -20,7 +20,7 @@ from edgelm.engine.backend import Bindings, PassShape
 from edgelm.engine.ir import Op, Weight
 from edgelm.files.blocks import dequantize
 from edgelm.files.ggml_types import row_bytes
-from edgelm_mlx.library import Array
+from edgelm_mlx.runtime import Array
 
 if TYPE_CHECKING:
     from edgelm_mlx.session import MlxSession

@@ -16,7 +16,7 @@ from edgelm.files.blocks import TEMPORARY_BYTES, dequantize
 from edgelm.files.ggml_types import TensorType
 from edgelm_mlx.forms import FORMS, HALF, Form, held_row_bytes, runs
 from edgelm_mlx.frame import Frame, Site, Step, at
-from edgelm_mlx.library import Array, empty
+from edgelm_mlx.runtime import Array, empty
 
 PANEL = 32
 """Rows of a float matrix that are multiplied at a time."""

@@ -11,7 +11,7 @@ import numpy as np
 from edgelm.engine.ir import Columns, NormSpec, RopeSpec
 from edgelm.engine.rope import angles
 from edgelm_mlx.frame import Frame, Site, Step, at
-from edgelm_mlx.library import Array
+from edgelm_mlx.runtime import Array
 
 _NORM_COPIES = 3
 """Arrays as large as the input that a norm may make: MLX composes it of primitives where it has no kernel for it."""

@@ -18,8 +18,8 @@ from edgelm_mlx import rows
 from edgelm_mlx.attention import lower_attend
 from edgelm_mlx.forms import TYPES
 from edgelm_mlx.frame import LIMITS, Frame, Limits, Site, Step, at, hold_vector
-from edgelm_mlx.library import RUNNING, device, load, stream
 from edgelm_mlx.matrices import Matrix, hold, lower_embed, lower_linear
+from edgelm_mlx.runtime import RUNNING, device, load, stream
 
 LOWERINGS: dict[str, Callable[[Site], Step]] = {
     "embed": lower_embed,

@@ -219,7 +219,7 @@ class GraphMemory(NamedTuple):
     """What a whole model takes in the hands of its library; `peak_bytes` is reached while it is loaded."""
 
     weights_bytes: int
-    library_bytes: int
+    runtime_bytes: int
     peak_bytes: int
 
 

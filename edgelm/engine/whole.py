@@ -66,9 +66,9 @@ def _plan(
     kv_bytes, state_bytes = sum(_cache_sizes(model, context)), sum(_state_sizes(model, context, chunk))
     scratch_bytes = session.scratch_bytes(chunk, context)
     # loading is over before caches and activations take their pages
-    loading_bytes = memory.peak_bytes - memory.weights_bytes - memory.library_bytes
+    loading_bytes = memory.peak_bytes - memory.weights_bytes - memory.runtime_bytes
     demand = Demand(
-        process_bytes=process_bytes + memory.library_bytes,
+        process_bytes=process_bytes + memory.runtime_bytes,
         constants_bytes=0,
         kv_bytes=kv_bytes,
         chunk=chunk,

@@ -23,7 +23,7 @@ from edgelm.files.ggml_types import AFFINE_TYPES, TensorType, row_bytes
 from edgelm.files.model import TensorInfo
 from edgelm.testing.blocks import RANDOM_TYPES, random_weights
 from edgelm.testing.recording import Recording
-from edgelm_mlx import BACKEND, library
+from edgelm_mlx import BACKEND, runtime
 from edgelm_mlx.forms import FORMS, HALF, held_row_bytes, runs
 from edgelm_mlx.layout import MlxLayout, pack_bits
 from edgelm_mlx.session import MlxSession
@@ -173,11 +173,11 @@ def test_a_missing_library_is_a_sentence(monkeypatch: pytest.MonkeyPatch, instal
     def fail(name: str) -> None:
         raise ImportError("libmlx.so: cannot open shared object file")
 
-    monkeypatch.setattr(library, "import_module", fail)
-    monkeypatch.setattr(library, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(runtime, "import_module", fail)
+    monkeypatch.setattr(runtime, "find_spec", lambda name: object() if installed else None)
     with pytest.raises(BackendUnavailable, match=message):
-        library.load.__wrapped__()
-    monkeypatch.setattr(library, "load", library.load.__wrapped__)
+        runtime.load.__wrapped__()
+    monkeypatch.setattr(runtime, "load", runtime.load.__wrapped__)
     assert re.search(message, BACKEND.probe().reason)
 
 
@@ -185,9 +185,9 @@ def test_an_old_library_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     class Old:
         __version__ = "0.20.0"
 
-    monkeypatch.setattr(library, "import_module", lambda name: Old)
+    monkeypatch.setattr(runtime, "import_module", lambda name: Old)
     with pytest.raises(BackendUnavailable, match=r"0\.20\.0 is too old"):
-        library.load.__wrapped__()
+        runtime.load.__wrapped__()
 
 
 def test_probe_names_version_and_device(mx: Any) -> None:
