@@ -1,6 +1,6 @@
 """Write a model's weights out as F32: the same numbers in four times the bytes or more, so that streaming has work.
 
-    python bench/f32_models.py [--models NAME …]
+python bench/f32_models.py [--models NAME …]
 """
 
 from __future__ import annotations
