@@ -228,7 +228,8 @@ def _with_backend(
     making: _Making | None,
     host: _Host,
 ) -> Ready:
-    request = Request(asked.budget_bytes, asked.wishes.context, asked.n_threads, asked.wishes.max_outputs)
+    wishes = asked.wishes
+    request = Request(asked.budget_bytes, wishes.context, asked.n_threads, wishes.max_outputs, wishes.speculate)
     prompts, answers = split_name(name)
     parts: list[_Part] = []
     try:

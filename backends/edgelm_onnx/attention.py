@@ -8,7 +8,7 @@ Both keep the cache in float16, [head, place, dimension].
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,16 +26,26 @@ WIDEST_FUSED = 128
 """Heads that are wider are summed up in another order while fewer than 65 positions are stored."""
 
 
-def is_fused(spec: AttendSpec, single: bool) -> bool:
-    """Say whether one operator computes this attention. `single`: for passes of one token.
+PassForm = Literal["single", "chain", "tree"]
+"""Passes of one token, of tokens that follow each other, and of others."""
+
+
+def pass_form(shape: PassShape) -> PassForm:
+    return "tree" if shape.tree else "single" if shape.n_tokens == 1 else "chain"
+
+
+def is_fused(spec: AttendSpec, form: PassForm) -> bool:
+    """Say whether one operator computes this attention. It knows no mask, so those of a tree are written out.
 
     Wider passes must have the same bits however a prompt is cut, which those of one token are never compared with.
     """
-    return spec.head_dim_k == spec.head_dim_v and (single or spec.head_dim_k <= WIDEST_FUSED)
+    if form == "tree" or spec.head_dim_k != spec.head_dim_v:
+        return False
+    return form == "single" or spec.head_dim_k <= WIDEST_FUSED
 
 
 def lower(build: _Lowering, op: Op, spec: AttendSpec) -> None:
-    if is_fused(spec, build.single):
+    if is_fused(spec, build.form):
         _fused(build, op, spec)
     else:
         _written_out(build, op, spec)

@@ -19,6 +19,7 @@ from edgelm.engine.ir import AttendSpec, Columns, NormSpec, Op, RopeSpec, Segmen
 from edgelm.errors import UnsupportedModel
 from edgelm.files.ggml_types import TensorType
 from edgelm_onnx import attention
+from edgelm_onnx.attention import PassForm
 from edgelm_onnx.kernels import Form
 from edgelm_onnx.layout import Tile, stored_row_bytes, tiles
 from edgelm_onnx.proto import BFLOAT16, FLOAT, FLOAT16, INT32, Attribute, Node, Port
@@ -83,20 +84,21 @@ class Lowered:
         return [Port(slot.name, slot.element, slot.shape) for slot in slots]
 
 
-def lower(segment: Segment, single: bool) -> Lowered:
-    """`single`: for passes of one token. Raises `UnsupportedModel` for an operation that this backend lacks."""
-    return _Lowering(segment, single).run()
+def lower(segment: Segment, form: PassForm) -> Lowered:
+    """Raises `UnsupportedModel` for an operation that this backend lacks."""
+    return _Lowering(segment, form).run()
 
 
-def differs_for_one(segment: Segment) -> bool:
-    """Say whether passes of one token are lowered otherwise than wider ones."""
+def usual_form(segment: Segment, form: PassForm) -> PassForm:
+    """Return the form whose lowering serves for this one, too: "chain" if they do not differ."""
     specs = [op.params for op in segment.ops if isinstance(op.params, AttendSpec)]
-    return any(attention.is_fused(spec, True) != attention.is_fused(spec, False) for spec in specs)
+    differs = any(attention.is_fused(spec, form) != attention.is_fused(spec, "chain") for spec in specs)
+    return form if differs else "chain"
 
 
 class _Lowering:
-    def __init__(self, segment: Segment, single: bool) -> None:
-        self.segment, self.single, self.out = segment, single, Lowered()
+    def __init__(self, segment: Segment, form: PassForm) -> None:
+        self.segment, self.form, self.out = segment, form, Lowered()
         self.weight = 0
         self.names = {value: f"v{value}" for value in range(len(segment.values))}
 

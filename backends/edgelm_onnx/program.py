@@ -17,7 +17,7 @@ from edgelm.engine.backend import Bindings, PassShape
 from edgelm.engine.ir import RopeSpec, Segment
 from edgelm.engine.rope import angles
 from edgelm_onnx import proto
-from edgelm_onnx.attention import cache_rows, is_fused
+from edgelm_onnx.attention import cache_rows, is_fused, pass_form
 from edgelm_onnx.host import HostStep, array, host_step
 from edgelm_onnx.kernels import Pointers, find_marked, marked
 from edgelm_onnx.lowering import Lowered, Slot
@@ -104,7 +104,7 @@ class OnnxProgram:
         self._cells: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._moving = self._moving_weights()
         specs = [spec for step in self._steps if step.graph for spec in step.graph.lowered.attends]
-        self._fused_groups = {spec.group for spec in specs if is_fused(spec, shape.n_tokens == 1)}
+        self._fused_groups = {spec.group for spec in specs if is_fused(spec, pass_form(shape))}
 
     def run(self, bindings: Bindings) -> None:
         session = self._session
@@ -146,7 +146,7 @@ class OnnxProgram:
     def _step(self, piece: Piece) -> _Step:
         if piece.on_host:
             return _Step(piece, None, None, host_step(piece.segment, self._shape))
-        graph = self._session.graph(piece.segment, self._shape.n_tokens == 1)
+        graph = self._session.graph(piece.segment, pass_form(self._shape))
         return _Step(piece, graph, graph.graph.binding() if piece.repeats else None, None)
 
     def _moving_weights(self) -> frozenset[int]:

@@ -11,7 +11,8 @@ from edgelm.engine.backend import PassShape
 from edgelm.engine.ir import RopeSpec, Segment
 from edgelm.errors import Cancelled, EdgeLMError, UnsupportedModel
 from edgelm.files.blocks import TYPES
-from edgelm_onnx.lowering import differs_for_one, lower
+from edgelm_onnx.attention import PassForm, pass_form
+from edgelm_onnx.lowering import lower, usual_form
 from edgelm_onnx.pieces import Pieces, cut
 from edgelm_onnx.program import Angles, OnnxProgram, SharedGraph
 from edgelm_onnx.runtime import Binding, Graph, library, use_arena, use_pool
@@ -26,7 +27,7 @@ class OnnxSession:
         self._aborted = False
         self._cut = lru_cache(maxsize=8)(_pieces)
         self._lower = lru_cache(maxsize=64)(lower)
-        self._graphs: dict[tuple[Segment, bool], SharedGraph] = {}
+        self._graphs: dict[tuple[Segment, PassForm], SharedGraph] = {}
         self._scratch = Scratch()
         self._tables: WeakValueDictionary[object, Angles] = WeakValueDictionary()
 
@@ -37,9 +38,9 @@ class OnnxSession:
     def scratch_bytes(self, segment: Segment, shape: PassShape) -> int:
         pieces = self._cut(segment)
         between = places(pieces, segment, shape).n_bytes
-        single = shape.n_tokens == 1
+        form = pass_form(shape)
         needs = (
-            graph_bytes(piece, None if piece.on_host else self._lower(piece.segment, single), shape)
+            graph_bytes(piece, None if piece.on_host else self._lower(piece.segment, form), shape)
             for piece in dict.fromkeys(pieces.pieces)
         )
         return between + max(needs, default=0)
@@ -60,9 +61,9 @@ class OnnxSession:
 
     # --- for programs
 
-    def graph(self, segment: Segment, single: bool) -> SharedGraph:
-        """Return the graph of a piece, for passes of one token or for others; equal pieces share one."""
-        key = segment, single and differs_for_one(segment)
+    def graph(self, segment: Segment, form: PassForm) -> SharedGraph:
+        """Return the graph of a piece for passes of this form; equal pieces share one."""
+        key = segment, usual_form(segment, form)
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._graphs[key] = SharedGraph(self._lower(*key))

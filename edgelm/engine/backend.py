@@ -84,11 +84,15 @@ class CacheGroup(NamedTuple):
 
 
 class PassShape(NamedTuple):
-    """What a program is compiled for: rows of the pass, rows whose logits are wanted, and the caches' extents."""
+    """What a program is compiled for: rows of the pass, rows whose logits are wanted, and the caches' extents.
+
+    Of a `tree` rows do not follow each other: what a row sees is what its mask says, and nothing else tells.
+    """
 
     n_tokens: int
     n_outputs: int
     groups: tuple[CacheGroup, ...]
+    tree: bool = False
 
     def rows(self, per: str) -> int:
         return self.n_tokens if per == "token" else self.n_outputs

@@ -10,6 +10,7 @@ from typing import NamedTuple, overload
 
 from edgelm.engine.backend import CacheGroup, CacheLayout, PassShape, Session
 from edgelm.engine.ir import Trace, place
+from edgelm.engine.passes import WIDTHS
 from edgelm.engine.segments import cut
 from edgelm.engine.state import ALIGN, FLOAT_BYTES, Layout, workspace_bytes
 from edgelm.files.model import TensorInfo
@@ -60,6 +61,11 @@ def describe(
     return Model(trace, tensors, matrices, constants(tensors, used), layers, embedding)
 
 
+def most_shapes(n_rows: int) -> int:
+    """Return how many compiled shapes are kept: a token, the prompt chunk, the rest of a prompt, and drafts."""
+    return 3 + sum(1 < width <= n_rows for width in WIDTHS)
+
+
 class Demands(Sequence[Demand]):
     """The demand of each chunk, from the largest to the smallest, computed when asked for."""
 
@@ -73,17 +79,19 @@ class Demands(Sequence[Demand]):
         cache: CacheLayout,
         kept: tuple[int, int] | None = None,
         most_tokens: int | None = None,
+        n_rows: int = 1,
     ) -> None:
         """`kept`: the chunk that a cache is made for, and its bytes, where that is decided already.
 
-        `most_tokens`: no pass will have more.
+        `most_tokens`: no pass will have more. `n_rows`: rows of drafts that a pass can verify.
         """
         self._cache = cache
         self._model, self._session, self._context = model, session, context
         self._process_bytes, self._max_outputs, self._kept = process_bytes, max_outputs, kept
+        self._n_rows = max(n_rows, max_outputs)
         widest = min(context, kept[0] if kept else context, most_tokens or context)
         # all rows whose logits are wanted come from one pass
-        self.chunks = tuple(chunk for chunk in CHUNKS if max_outputs <= chunk <= widest)
+        self.chunks = tuple(chunk for chunk in CHUNKS if self._n_rows <= chunk <= widest)
         self._whole = place(model.trace.ops, model.trace.values, frozenset([model.trace.logits])).segment
         self._known: dict[int, Demand] = {}
 
@@ -112,7 +120,7 @@ class Demands(Sequence[Demand]):
         windows = {layer.group: layer.window for layer in self._model.layers}
         cached = self._kept[0] if self._kept else chunk
         places = (capacity(windows[group], self._context, cached, self._cache) for group in sorted(windows))
-        return PassShape(chunk, min(chunk, self._max_outputs), tuple(CacheGroup(n, n) for n in places))
+        return PassShape(chunk, min(chunk, self._n_rows), tuple(CacheGroup(n, n) for n in places))
 
     def measured(self, plan: Plan) -> Demand:
         """Return what the segments that `plan` leads to really need."""
@@ -128,8 +136,8 @@ class Demands(Sequence[Demand]):
         cached, kv_bytes = self._kept or (chunk, cache_bytes(model.layers, self._context, chunk, self._cache))
         places = {group: capacity(window, self._context, cached, self._cache) for group, window in windows.items()}
         # several rows of logits are put together from tiles; they are not sampled from, or are as few as the copies
-        copies = max(SAMPLING_COPIES, self._max_outputs)
-        state = workspace_bytes(width, chunk, self._max_outputs, model.n_vocab, model.embedding.row_bytes, places)
+        copies = max(SAMPLING_COPIES, self._max_outputs) + (self._n_rows > 1)
+        state = workspace_bytes(width, chunk, self._n_rows, model.n_vocab, model.embedding.row_bytes, places)
         return Demand(
             process_bytes=self._process_bytes,
             constants_bytes=model.constants.span_bytes,
@@ -138,8 +146,9 @@ class Demands(Sequence[Demand]):
             scratch_bytes=scratch_bytes,
             state_bytes=state,
             reserve_bytes=RESERVE_BYTES
-            + GRAPH_BYTES_PER_OP * len(model.trace.ops) // 4
+            + GRAPH_BYTES_PER_OP * len(model.trace.ops) // 4 * most_shapes(self._n_rows) // most_shapes(1)
             + copies * model.n_vocab * FLOAT_BYTES,
+            n_rows=self._n_rows,
         )
 
 

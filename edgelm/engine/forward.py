@@ -5,7 +5,6 @@ Imports neither tokenizer nor sampler.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 from collections import OrderedDict
@@ -18,26 +17,25 @@ from numpy.typing import NDArray
 
 from edgelm.engine.adopting import AdoptedWeights
 from edgelm.engine.backend import Adopting, Bindings, CacheGroup, PassShape, Program, Session
-from edgelm.engine.demand import Model
+from edgelm.engine.demand import Model, most_shapes
+from edgelm.engine.gather import Gather
 from edgelm.engine.ir import Placed, Segment, Weight
 from edgelm.engine.pace import Pace
 from edgelm.engine.passes import check_request, first_width
+from edgelm.engine.rows import Rows
 from edgelm.engine.segments import Cut, cut
 from edgelm.engine.state import Layout, Workspace
 from edgelm.errors import Cancelled
-from edgelm.files.model import TensorInfo
-from edgelm.memory.arena import KVArena
+from edgelm.memory.arena import KVArena, depths, is_chain
 from edgelm.memory.pinned import PinnedWeights
 from edgelm.memory.plan import Plan
 from edgelm.memory.stores import Store
 from edgelm.memory.timeline import Times
-from edgelm.memory.units import Part, part_of
+from edgelm.memory.units import Part
 from edgelm.memory.window import N_READERS, Window
 
 FLASH_BOUND = 3.0
 """How much longer than computing reading must take for a pass to be one that only waits for flash."""
-MAX_SHAPES = 3
-"""Compiled shapes kept: the decode pass, the prompt chunk, and the rest of a prompt."""
 
 
 if TYPE_CHECKING:
@@ -89,6 +87,7 @@ class Engine:
         self._steps: OrderedDict[PassShape, list[_Step]] = OrderedDict()
         self._stop = threading.Event()
         self._closed = False
+        self._n_tried = 0  # rows of a verified pass that nobody has kept yet
         self.times = times or Times()
         self.pattern = pattern
         self.plan, self.window = plan, self._open_window(plan)
@@ -159,22 +158,29 @@ class Engine:
         self.workspace = Workspace(
             self._layout,
             n_rows=plan.chunk,
-            n_outputs=self.max_outputs,
+            n_outputs=self.max_rows,
             n_vocab=self.n_vocab,
             row_bytes=self._embedding.row_bytes,
             places={group: arena.capacities[group] for group in self._groups},
         )
-        # rows of the embedding that are pinned as the head, if that lies in the layout of the file
-        self._table = [
+        resident = [
             (part.first_row, part.first_row + part.rows)
             for run in self.window.runs
             if run.pinned and self._adopted is None
             for part in run.unit.parts
             if (part.tensor, part.file) == (self._embedding.name, self._embedding.file)
         ]
+        self._gather = Gather(self._embedding, self.workspace, self.store, self._pinned, resident)
         ids: dict[Segment, int] = {}  # equal segments share a program; hashing a whole model at every pass would not do
         self._segment_ids = [ids.setdefault(placed.segment, len(ids)) for placed in self._cut.segments]
         self.session.reserve(plan.demand.scratch_bytes)
+
+    trees = True
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of logits that one pass can return."""
+        return self.plan.demand.n_rows
 
     @property
     def n_past(self) -> int:
@@ -188,6 +194,7 @@ class Engine:
 
     def truncate(self, n_past: int) -> int:
         """Forget positions from `n_past` on; return how many are kept, see `KVArena.truncate`."""
+        self._n_tried = 0
         return self.arena.truncate(n_past)
 
     def cancel(self, on: bool = True) -> None:
@@ -217,16 +224,33 @@ class Engine:
         self._pass(ids[done:], n_outputs, final=True)
         return self.workspace.logits(self._cut.tiles, n_outputs)
 
-    def check(self, ids: Sequence[int], n_outputs: int) -> None:
+    def verify(self, ids: Sequence[int], parents: Sequence[int]) -> Rows:
+        """Compute a pass over a tree of drafted ids without storing them; return the logits of every row.
+
+        `parents[i]` is the row before row i, -1 the last stored position. Raises as `forward` does.
+        """
+        self.check(ids, len(ids), self.max_rows)
+        self._pass(ids, len(ids), final=True, parents=parents)
+        return Rows(self.workspace.tiles(self._cut.tiles, len(ids)))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Store rows of the last verified pass that lie on one path from its root, in order."""
+        self.arena.keep(rows, self._n_tried)
+        self._n_tried = 0
+
+    def check(self, ids: Sequence[int], n_outputs: int, most: int | None = None) -> None:
         """Raise what `forward` raises before it computes anything."""
         if self._closed:
             raise Cancelled("the model was closed")
-        check_request(self, ids, n_outputs, self.max_outputs, self._embedding.n_rows)
+        check_request(self, ids, n_outputs, most or self.max_outputs, self._embedding.n_rows)
+        if self._n_tried:  # nobody kept them
+            self.keep(())
 
-    def _pass(self, ids: Sequence[int], n_outputs: int, final: bool) -> None:
+    def _pass(self, ids: Sequence[int], n_outputs: int, final: bool, parents: Sequence[int] | None = None) -> None:
         n_tokens, arena, workspace = len(ids), self.arena, self.workspace
         groups = tuple(CacheGroup(arena.capacities[g], arena.length(g, n_tokens)) for g in self._groups)
-        shape = PassShape(n_tokens, n_outputs, groups)
+        tree = parents is not None and not is_chain(parents)
+        shape = PassShape(n_tokens, n_outputs, groups, tree)
         steps = self._compiled(shape)
         if not final and self.window.cycle:
             steps = [step for step in steps if step.run <= self._cut.last_write]
@@ -234,12 +258,15 @@ class Engine:
         began_s = time.perf_counter()
         self.window.begin([step.run for step in steps if step.bindings is None])
         try:
-            workspace.positions[:n_tokens] = np.arange(arena.n_past, arena.n_past + n_tokens)
+            workspace.positions[:n_tokens] = arena.n_past + (depths(parents) if parents else np.arange(n_tokens))
             workspace.out_rows[:n_outputs] = np.arange(n_tokens - n_outputs, n_tokens)
             for group, cache in zip(self._groups, groups, strict=True):
-                arena.claim(
-                    group, n_tokens, workspace.places[group][:n_tokens], workspace.mask(group, n_tokens, cache.length)
-                )
+                places, mask = workspace.places[group][:n_tokens], workspace.mask(group, n_tokens, cache.length)
+                if tree:
+                    assert parents is not None
+                    arena.claim_tree(group, parents, places, mask)
+                else:
+                    arena.claim(group, n_tokens, places, mask)
             self._gather(ids)
             for step in steps:
                 if self._stop.is_set():
@@ -254,7 +281,10 @@ class Engine:
             self.window.reset()
             arena.truncate(arena.n_past)
             raise
-        arena.advance(n_tokens)
+        if parents is None:
+            arena.advance(n_tokens)
+        else:
+            self._n_tried = n_tokens
         self._pace.passed(n_tokens, time.perf_counter() - began_s)
 
     def _compiled(self, shape: PassShape) -> list[_Step]:
@@ -262,7 +292,7 @@ class Engine:
         if steps is not None:
             self._steps.move_to_end(shape)
             return steps
-        while len(self._steps) >= MAX_SHAPES:
+        while len(self._steps) >= most_shapes(self.max_rows):
             self._steps.popitem(last=False)
         programs: dict[int, Program] = {}
         steps = []
@@ -330,26 +360,6 @@ class Engine:
         """Return where a vector lies while it is pinned; of a bias, some columns may be meant."""
         info = self._tensors[weight.tensor]
         return self._pinned.address(info.file, info.offset + weight.first_row * info.row_bytes // info.shape[0])
-
-    def _gather(self, ids: Sequence[int]) -> None:
-        """Fetch the embedding rows of `ids`: from pinned weights where the head shares them, else from flash."""
-        info, workspace = self._embedding, self.workspace
-        done: dict[int, int] = {}
-        for i, token in enumerate(ids):
-            target = workspace.rows_address + i * info.row_bytes
-            source = done.get(token) or self._resident_row(token, info) or self._read_row(token, info)
-            ctypes.memmove(target, source, info.row_bytes)
-            done[token] = target
-
-    def _resident_row(self, token: int, info: TensorInfo) -> int | None:
-        if any(first <= token < stop for first, stop in self._table):
-            return self._pinned.address(info.file, info.offset + token * info.row_bytes)
-        return None
-
-    def _read_row(self, token: int, info: TensorInfo) -> int:
-        row = part_of(info, token, 1)
-        buffer = self.workspace.row_buffer
-        return buffer.address + self.store.read_into(row.file, row.offset, row.n_bytes, buffer.view, 0)
 
     def close(self) -> None:
         """Give all memory back and stop the threads. Safe to call twice."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgelm.engine.architecture import record
 from edgelm.engine.backend import Adopting, Backend, CacheLayout, Session, WeightLayout, layout_of
-from edgelm.engine.demand import Demands, Model, describe, with_room
+from edgelm.engine.demand import CHUNKS, Demands, Model, describe, with_room
 from edgelm.engine.forward import Engine
 from edgelm.engine.registry import get_architecture
+from edgelm.engine.state import FLOAT_BYTES
 from edgelm.errors import BudgetTooSmall, ConfigError, UnsupportedModel
 from edgelm.files.index import is_folder, is_genai_folder, open_indexed
 from edgelm.files.meta import Meta
@@ -30,6 +32,10 @@ DEFAULT_CONTEXT = 4096
 MIN_CONTEXT = 16
 MAX_OUTPUTS = 64
 """Rows of logits of one pass: a row of the largest vocabularies takes a megabyte."""
+ROWS, RESIDENT_ROWS = (32, 16, 8, 4), 16
+"""Rows of drafts that a pass may verify. Where all weights stay, wider passes cost more than they bring."""
+ROWS_SHARE = 0.05
+"""Share of the weights' memory that the logits of drafts may take."""
 _ROUNDS = 6
 
 
@@ -41,6 +47,7 @@ class Request:
     context: int | None = None
     n_threads: int = 1
     max_outputs: int = 1
+    speculate: bool = True
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < MIN_CONTEXT:
@@ -124,10 +131,10 @@ def prepare(
     while True:
         model = describe(record(architecture, file, context), file.tensors, file.gathered)
         check_types(model, backend)
-        demands = Demands(model, session, context, process_bytes, request.max_outputs, can.cache)
         terms = Terms(context, rates, can.streams, isinstance(session, Adopting))
+        demands = partial(Demands, model, session, context, process_bytes, request.max_outputs, can.cache)
         try:
-            plan = settle(model, demands, request.budget_bytes, terms)
+            plan = with_rows(model, demands, request, request.budget_bytes, terms)
             return Prepared(model, plan, session, request, file, process_bytes, rates, pattern, can.streams, can.cache)
         except BudgetTooSmall:
             if request.context is not None or context <= 512:
@@ -170,7 +177,8 @@ def replan(prepared: Prepared, engine: Engine, budget_bytes: int) -> Plan:
     Raises `BudgetTooSmall` with the smallest budget that works now.
     """
     model, request, arena = prepared.model, prepared.request, engine.arena
-    demands = Demands(
+    demands = partial(
+        Demands,
         model,
         prepared.session,
         arena.context,
@@ -180,7 +188,7 @@ def replan(prepared: Prepared, engine: Engine, budget_bytes: int) -> Plan:
         kept=(arena.chunk, arena.n_bytes),
     )
     terms = Terms(arena.context, prepared.rates, prepared.streams, isinstance(prepared.session, Adopting))
-    return settle(model, demands, budget_bytes, terms)
+    return with_rows(model, demands, request, budget_bytes, terms)
 
 
 class Terms(NamedTuple):
@@ -190,6 +198,37 @@ class Terms(NamedTuple):
     rates: Rates | None
     streams: bool
     adopts: bool
+
+
+def with_rows(model: Model, demands: Callable[..., Demands], request: Request, budget_bytes: int, terms: Terms) -> Plan:
+    """Return the plan with as many rows for drafts as are worth their memory; `settle` says what it raises.
+
+    More rows let a pass yield more tokens, but their logits take memory from the weights that stay.
+    """
+    if not request.speculate:
+        return settle(model, demands(), budget_bytes, terms)
+    roomy = _settled(model, demands(n_rows=RESIDENT_ROWS), budget_bytes, terms)
+    if roomy is not None and not roomy.streamed and roomy.chunk >= min(CHUNKS[0], terms.context):
+        return roomy
+    plain = settle(model, demands(), budget_bytes, terms)
+    weights_bytes = plain.pinned_bytes + plain.slots_bytes
+    for n_rows in ROWS:
+        if n_rows * model.n_vocab * FLOAT_BYTES > ROWS_SHARE * weights_bytes:
+            continue
+        plan = _settled(model, demands(n_rows=n_rows), budget_bytes, terms)
+        if plan is not None and bool(plan.streamed) == bool(plain.streamed):
+            return plan
+    return plain
+
+
+def _settled(model: Model, demands: Demands, budget_bytes: int, terms: Terms) -> Plan | None:
+    """Return the plan, or None if there is none."""
+    if not demands.chunks:
+        return None
+    try:
+        return settle(model, demands, budget_bytes, terms)
+    except BudgetTooSmall:
+        return None
 
 
 def settle(model: Model, demands: Demands, budget_bytes: int, terms: Terms) -> Plan:

@@ -8,6 +8,13 @@ from edgelm.engine.running import Running
 from edgelm.errors import ConfigError, ContextOverflow
 
 BLOCK_TOKENS, NARROW_TOKENS = 512, 8
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""How many rows a verified pass has: few widths, because each is compiled."""
+
+
+def width_for(n: int, most: int) -> int:
+    """Return the largest width of `WIDTHS` that is at most `n` and `most`."""
+    return max(width for width in WIDTHS if width <= max(min(n, most), 1))
 
 
 def first_width(n: int, done: int, chunk: int, n_outputs: int = 1) -> int:

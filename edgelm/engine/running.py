@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.engine.rows import Rows
 from edgelm.memory.plan import Plan
 from edgelm.memory.timeline import Times
 
@@ -24,6 +25,14 @@ class Running(Protocol):
     n_threads: int
 
     @property
+    def max_rows(self) -> int:
+        """Rows of logits that `verify` has room for; 1: there is none for drafts."""
+
+    @property
+    def trees(self) -> bool:
+        """Whether the rows of a verified pass may branch; else each follows the one before it."""
+
+    @property
     def n_past(self) -> int:
         """Positions stored in the cache."""
 
@@ -35,6 +44,16 @@ class Running(Protocol):
         self, ids: Sequence[int], n_outputs: int = 1, progress: Callable[[int], None] | None = None
     ) -> NDArray[np.float32]:
         """Append `ids` to the cache; return the logits [n_outputs, n_vocab] of the last positions."""
+
+    def verify(self, ids: Sequence[int], parents: Sequence[int]) -> Rows:
+        """Compute a pass over drafted ids without storing them; return the logits of every row.
+
+        `parents[i]` is the row before row i, -1 the last stored position; a row sees what is stored, its ancestors and
+        itself. The result is valid until the next pass. `keep` stores rows of it.
+        """
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Store rows of the last verified pass that lie on one path from its root, in order."""
 
     def truncate(self, n_past: int) -> int:
         """Forget positions from `n_past` on; return how many are kept, which may be fewer."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from edgelm.engine.largest import BLOCK, largest
 from edgelm.errors import ConfigError, EdgeLMError
 
 Logits = npt.NDArray[np.float32]
@@ -20,8 +21,6 @@ Ids = npt.NDArray[np.int64]
 Processor = Callable[[Sequence[int], Logits], Logits]
 """(history, logits) -> logits of the same shape; it may write to the array it is given."""
 Sampler = Callable[[Logits, Sequence[int]], int]
-
-_BLOCK = 512  # 262,144 logits make 512 blocks: both levels of a two-level search are equally short
 
 
 class BadLogits(EdgeLMError):
@@ -165,7 +164,7 @@ def _truncated(logits: Logits, highest: float, sampling: Sampling) -> tuple[Ids 
     ids: Ids | None = None
     kept = logits
     if 0 < sampling.top_k < len(kept):
-        ids = _largest(kept, sampling.top_k)
+        ids = largest(kept, sampling.top_k)
         kept = kept[ids]
     if sampling.typical_p < 1:
         chosen = _typical(kept, highest, sampling.typical_p)
@@ -175,22 +174,6 @@ def _truncated(logits: Logits, highest: float, sampling: Sampling) -> tuple[Ids 
         chosen = _likely(kept, highest, sampling.top_p, sampling.min_p)
         ids, kept = (chosen if ids is None else ids[chosen]), kept[chosen]
     return ids, kept
-
-
-def _largest(values: Logits, k: int) -> Ids:
-    """Return the positions of the `k` largest values, largest first, the lower position first among equals."""
-    n_blocks = len(values) // _BLOCK
-    if n_blocks > k:
-        # k blocks have a maximum of at least `bound`, so the k largest values have, too: nearly all others
-        # are gone after one pass, without partitioning (and copying) the whole vocabulary
-        maxima = values[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK).max(axis=1)
-        bound = np.partition(maxima, n_blocks - k)[n_blocks - k]
-        positions = np.flatnonzero(values >= bound)
-    else:
-        bound = np.partition(values, len(values) - k)[len(values) - k]
-        positions = np.flatnonzero(values >= bound)
-    order = np.argsort(-values[positions], kind="stable")
-    return positions[order[:k]]
 
 
 def _weights(logits: Logits, highest: float, temperature: float = 1.0) -> Logits:
@@ -226,7 +209,7 @@ def _likely(logits: Logits, highest: float, top_p: float, min_p: float) -> Ids:
     weights = _weights(logits[likely], highest)
     k = min(256, len(weights))
     while True:
-        order = _largest(weights, k)
+        order = largest(weights, k)
         reached = np.cumsum(weights[order], dtype=np.float64) >= wanted
         if reached.any():
             return likely[order[: int(reached.argmax()) + 1]]
@@ -238,17 +221,17 @@ def _likely(logits: Logits, highest: float, top_p: float, min_p: float) -> Ids:
 def _draw(logits: Logits, highest: float, temperature: float, uniform: float) -> int:
     """Return a position, drawn in proportion to the softmax of `logits / temperature`."""
     weights = _weights(logits, highest, temperature)
-    n_blocks, first = len(weights) // _BLOCK, 0
+    n_blocks, first = len(weights) // BLOCK, 0
     if n_blocks > 1:
         # sums of blocks first: a running sum over the vocabulary would be a second temporary of 8 bytes each
-        sums = weights[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK).sum(axis=1)
-        running = np.cumsum(np.append(sums, weights[n_blocks * _BLOCK :].sum()), dtype=np.float64)
+        sums = weights[: n_blocks * BLOCK].reshape(n_blocks, BLOCK).sum(axis=1)
+        running = np.cumsum(np.append(sums, weights[n_blocks * BLOCK :].sum()), dtype=np.float64)
         block = _position(running, uniform * float(running[-1]))
         # what is left of the uniform number, stretched over the block
         below, above = (float(running[block - 1]) if block else 0.0), float(running[block])
         uniform = (uniform * float(running[-1]) - below) / (above - below)
-        first = block * _BLOCK
-        weights = weights[first : first + _BLOCK] if block < n_blocks else weights[first:]
+        first = block * BLOCK
+        weights = weights[first : first + BLOCK] if block < n_blocks else weights[first:]
     running = np.cumsum(weights, dtype=np.float64)
     return first + _position(running, uniform * float(running[-1]))
 

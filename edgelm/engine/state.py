@@ -121,13 +121,17 @@ class Workspace:
 
     def logits(self, tiles: Sequence[LogitTile], n_outputs: int) -> NDArray[np.float32]:
         """Return the logits as [n_outputs, n_vocab]; each tile lies by itself, so more than one row is put together."""
+        blocks = self.tiles(tiles, n_outputs)
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
+
+    def tiles(self, tiles: Sequence[LogitTile], n_outputs: int) -> list[NDArray[np.float32]]:
+        """Return the tiles of the logits, each [n_outputs, width]; those of a single row are one."""
         flat = np.frombuffer(self._buffer.view, np.float32, n_outputs * self._n_vocab, self._logits_start)
         if n_outputs == 1 or len(tiles) == 1:
-            return flat.reshape(n_outputs, self._n_vocab)
-        blocks = [
+            return [flat.reshape(n_outputs, self._n_vocab)]
+        return [
             flat[tile.first * n_outputs :][: tile.width * n_outputs].reshape(n_outputs, tile.width) for tile in tiles
         ]
-        return np.concatenate(blocks, axis=1)
 
     def close(self) -> None:
         for name in ("positions", "out_rows", "places", "_masks"):

@@ -17,8 +17,10 @@ from edgelm.engine.backend import GraphBuffers, GraphMemory, GraphSession
 from edgelm.engine.demand import RESERVE_BYTES, SAMPLING_COPIES
 from edgelm.engine.loading import DEFAULT_CONTEXT, Request
 from edgelm.engine.passes import check_request, first_width
+from edgelm.engine.rows import Rows
 from edgelm.errors import BudgetTooSmall, Cancelled, ConfigError
 from edgelm.files.graph import GraphModel
+from edgelm.memory.arena import is_chain
 from edgelm.memory.buffer import Buffer, align_up
 from edgelm.memory.plan import Demand, Plan
 from edgelm.memory.timeline import Times
@@ -112,6 +114,7 @@ class WholeEngine:
         self._model, self._session = model, session
         self._stop = threading.Event()
         self._n_past = self._side = 0
+        self._n_tried = 0  # rows of a verified pass that nobody has kept yet
         self._closed = False
         self._cache: Buffer | None = None
         self._state: Buffer | None = None
@@ -147,7 +150,7 @@ class WholeEngine:
     @property
     def n_past(self) -> int:
         """Positions stored in the cache."""
-        return self._n_past
+        return self._n_past - self._n_tried
 
     def cancel(self, on: bool = True) -> None:
         """Break off the running pass (it raises `Cancelled`), from any thread; `on=False` allows passes again."""
@@ -166,6 +169,7 @@ class WholeEngine:
         """
         if self._closed:
             raise Cancelled("the model was closed")
+        self._forget_tried()
         check_request(self, ids, n_outputs, self.max_outputs, self.n_vocab)
         done = 0
         while (n_tokens := self._width(len(ids), done, n_outputs)) < len(ids) - done:
@@ -178,6 +182,34 @@ class WholeEngine:
             self._logits[:1] if self._model.sees_last else self._logits[len(ids) - done - n_outputs : len(ids) - done]
         )
         return rows.astype(np.float32, copy=False)
+
+    trees = False
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of logits that one pass can return: all of a pass, unless the graph makes those of the last one."""
+        return 1 if self._model.sees_last else self.plan.chunk
+
+    def verify(self, ids: Sequence[int], parents: Sequence[int]) -> Rows:
+        """Compute a pass over a chain of drafted ids; see `Running.verify`."""
+        assert is_chain(parents), "the passes of a graph do not branch"
+        if self._closed:
+            raise Cancelled("the model was closed")
+        self._forget_tried()
+        check_request(self, ids, len(ids), self.max_rows, self.n_vocab)
+        self._pass(ids)
+        self._n_tried = len(ids)
+        return Rows([self._logits[: len(ids)].astype(np.float32, copy=False)])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Store the first rows of the last verified pass."""
+        n_past = self._n_past - self._n_tried + len(rows)
+        self._n_tried = 0
+        self.truncate(n_past)
+
+    def _forget_tried(self) -> None:
+        if self._n_tried:  # nobody kept them
+            self.keep(())
 
     def _width(self, n: int, done: int, n_outputs: int) -> int:
         return first_width(n, done, self.plan.chunk, n_outputs) if self.plan.chunk > 1 else 1
@@ -195,6 +227,7 @@ class WholeEngine:
 
     def truncate(self, n_past: int) -> int:
         """Forget positions from `n_past` on; return how many are kept."""
+        self._forget_tried()
         n_past = min(n_past, self._n_past)
         if n_past < self._n_past and not self._model.cache_in_place:
             self._shorten(n_past)

@@ -14,3 +14,4 @@ class Wishes(NamedTuple):
     context: int | None = None
     simulate: str | None = None
     max_outputs: int = 1
+    speculate: bool = True

@@ -34,6 +34,24 @@ class LayerCache(NamedTuple):
     head_dim_v: int
 
 
+def depths(parents: Sequence[int]) -> NDArray[np.int32]:
+    """Return how many of the same pass come before each row: int32 [rows]. `parents[i]` is the row before row i.
+
+    -1 stands for what is stored. Raises `ValueError` if a row comes before its parent.
+    """
+    found = np.zeros(len(parents), np.int32)
+    for row, parent in enumerate(parents):
+        if not -1 <= parent < row:
+            raise ValueError(f"row {row} of a tree follows row {parent}; parents come first")
+        found[row] = found[parent] + 1 if parent >= 0 else 0
+    return found
+
+
+def is_chain(parents: Sequence[int]) -> bool:
+    """Say whether every row follows the one before it."""
+    return all(parent == row - 1 for row, parent in enumerate(parents))
+
+
 def capacity(window: int, context: int, chunk: int, layout: CacheLayout = USUAL) -> int:
     """Return the places of a group: the context, or the window and the widest pass."""
     full = align_up(context, PLACE_STEP)
@@ -92,9 +110,52 @@ class KVArena:
             block.fill(0.0)
             np.copyto(block, -np.inf, where=(seen > last) | (seen < first))
 
+    def claim_tree(
+        self, group: int, parents: Sequence[int], places: NDArray[np.int64], mask: NDArray[np.float32]
+    ) -> None:
+        """Say where the rows of a tree go, and what each may see: what is stored, its ancestors and itself.
+
+        Fills `places` and `mask` as `claim` does. Rows take the places that as many positions in a row would take, so
+        siblings do not share one. They count only after `keep`.
+        """
+        held, n_tokens = self._held[group], len(parents)
+        np.remainder(np.arange(self.n_past, self.n_past + n_tokens), self.capacities[group], out=places)
+        positions = self.n_past + depths(parents)
+        held[places] = -1
+        seen = held[: mask.shape[1]]
+        window = self.windows[group]
+        first = np.maximum(positions - window + 1, 0)[:, None] if window else 0
+        mask.fill(-np.inf)
+        np.copyto(mask, 0.0, where=(seen >= first) & (seen < self.n_past) & (seen >= 0))
+        for row in range(n_tokens):
+            ancestor = row
+            while ancestor >= 0 and (not window or positions[row] - positions[ancestor] < window):
+                mask[row, places[ancestor]] = 0.0
+                ancestor = parents[ancestor]
+        held[places] = positions
+
     def advance(self, n_tokens: int) -> None:
         """Count the claimed positions as stored."""
         self.n_past += n_tokens
+
+    def keep(self, rows: Sequence[int], n_claimed: int) -> None:
+        """Store the rows of a claimed tree that lie on one path from its root, in order; forget the others.
+
+        What is kept moves next to what is stored, in every layer.
+        """
+        moved = [(row, at) for at, row in enumerate(rows) if row != at]
+        assert all(row > at for row, at in moved), "the rows of a path come in order"
+        if moved:
+            sources, targets = (self.n_past + np.asarray(one) for one in zip(*moved, strict=True))
+            for layer, facts in enumerate(self._layers):
+                n_places = self.capacities[facts.group]
+                for view in self._views(layer):
+                    view[:, targets % n_places] = view[:, sources % n_places]
+        claimed = np.arange(self.n_past, self.n_past + n_claimed)
+        for held in self._held.values():
+            held[claimed % len(held)] = -1
+            held[claimed[: len(rows)] % len(held)] = claimed[: len(rows)]
+        self.n_past += len(rows)
 
     def truncate(self, n_past: int) -> int:
         """Forget positions from `n_past` on; return how many are kept.

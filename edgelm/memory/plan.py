@@ -44,6 +44,8 @@ class Demand(NamedTuple):
     reserve_bytes: int
     beside_bytes: int = 0
     """What another backend takes, which computes the prompts."""
+    n_rows: int = 1
+    """Rows of logits that one pass can return: drafts are verified in passes of so many tokens."""
 
     @property
     def total_bytes(self) -> int:
@@ -187,6 +189,7 @@ class Plan:
             "budget_bytes": self.budget_bytes,
             "context": self.context,
             "chunk": self.chunk,
+            "rows_per_pass": self.demand.n_rows,
             "items": dict(self.items()),
             "pass_bytes": self.pass_bytes,
             "pinned_bytes": self.pinned_bytes,

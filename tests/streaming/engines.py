@@ -50,13 +50,19 @@ def shrink(monkeypatch: pytest.MonkeyPatch, *chunks: int) -> None:
 
 
 def prepared_at(
-    path: Path, budget_bytes: int, *, backend: str = "numpy", context: int = 64, max_outputs: int = 1
+    path: Path,
+    budget_bytes: int,
+    *,
+    backend: str = "numpy",
+    context: int = 64,
+    max_outputs: int = 1,
+    speculate: bool = False,
 ) -> Prepared:
     """Return the plan of a budget; the caller closes its session."""
     chosen = get_backend(backend)
     session = chosen.open(1)
     try:
-        request = Request(budget_bytes, context, 1, max_outputs)
+        request = Request(budget_bytes, context, 1, max_outputs, speculate)
         return prepare(in_layout(path, chosen), chosen, session, request, 0, None)
     except BaseException:
         session.close()
@@ -94,10 +100,13 @@ def engine_at(
     backend: str = "numpy",
     context: int = 64,
     max_outputs: int = 1,
+    speculate: bool = False,
     wrap: Callable[[Store], Store] = lambda store: store,
 ) -> Iterator[Engine]:
     """Open an engine whose weights come from memory through `wrap`."""
-    prepared = prepared_at(path, budget_bytes, backend=backend, context=context, max_outputs=max_outputs)
+    prepared = prepared_at(
+        path, budget_bytes, backend=backend, context=context, max_outputs=max_outputs, speculate=speculate
+    )
     store = wrap(MemoryStore([part.read_bytes() for part in prepared.file.paths]))
     engine = build(prepared, derived(store, prepared.file))
     try:

@@ -1,0 +1,120 @@
+"""Passes over trees of drafted ids: a row sees its ancestors only; what is kept is as if it had been appended."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engines import BACKENDS, budgets, engine_at, need, shrink
+
+from edgelm.memory.arena import depths, is_chain
+from edgelm.sizes import GB
+from edgelm.testing import tiny_model
+
+IDS = [int(i) for i in np.random.default_rng(5).integers(3, 90, 40)]
+CHAIN = (-1, 0, 1, 2, 3)
+TREE = (-1, -1, 0, 1, 2, 2, 4, 0)
+NOISE = {"numpy": 2e-3, "llamacpp": 0.05, "mlx": 0.02, "onnx": 0.05}
+"""What other places in the cache and other widths of a pass change in logits of tiny models."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: tiny_model(folder / f"{name}.gguf", name) for name in ("llama", "gemma3")}
+
+
+@pytest.fixture(autouse=True)
+def tiny_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+
+
+def path_to(row: int, parents: tuple[int, ...]) -> list[int]:
+    rows = [row]
+    while parents[rows[0]] >= 0:
+        rows.insert(0, parents[rows[0]])
+    return rows
+
+
+def test_depths_and_chains() -> None:
+    assert depths(TREE).tolist() == [0, 0, 1, 1, 2, 2, 3, 1]
+    assert all(map(is_chain, (CHAIN, ())))
+    assert not is_chain(TREE)
+    with pytest.raises(ValueError, match="parents come first"):
+        depths((-1, 2, 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("parents", [CHAIN, TREE], ids=["chain", "tree"])
+def test_rows_see_their_ancestors_only(
+    models: dict[str, Path], backend: str, architecture: str, parents: tuple[int, ...]
+) -> None:
+    """Gemma's windows of sixteen are crossed; the smallest budget streams, the largest keeps everything."""
+    path, drafted = models[architecture], IDS[20 : 20 + len(parents)]
+    for budget in (budgets(path, 3, need(backend), max_outputs=8)[1], GB):
+        with engine_at(path, budget, backend=backend, max_outputs=8) as engine:
+            assert bool(engine.plan.streamed) == (budget < GB)
+            engine.forward(IDS[:20])
+            rows = engine.verify(drafted, parents)
+            assert engine.n_past == 20
+            seen = np.stack([rows[row].copy() for row in range(len(rows))])
+            assert np.array_equal(rows.best(), seen.argmax(axis=1))
+            assert np.array_equal(rows.top(3)[:, 0], seen.argmax(axis=1))
+            for leaf in range(len(parents)):
+                engine.truncate(20)
+                for row in path_to(leaf, parents):
+                    logits = engine.forward([drafted[row]])[-1]
+                assert np.abs(logits - seen[leaf]).max() < NOISE[backend]
+                if engine.truncate(20) != 20:  # a ring has lost what came before
+                    engine.forward(IDS[:20])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_what_is_kept_is_as_if_it_had_been_appended(models: dict[str, Path], backend: str, architecture: str) -> None:
+    path, drafted = models[architecture], IDS[20 : 20 + len(TREE)]
+    with engine_at(path, GB, backend=need(backend), speculate=True) as engine:
+        for leaf in (6, 5, 3, 7):
+            engine.truncate(0)
+            engine.forward(IDS[:20])
+            kept = path_to(leaf, TREE)
+            engine.verify(drafted, TREE)
+            engine.keep(kept)
+            assert engine.n_past == 20 + len(kept)
+            caches = [engine.arena.export(0, 20, len(kept))]
+            after = engine.forward(IDS[:3])[-1].copy()
+            engine.truncate(0)
+            engine.forward(IDS[:20])
+            engine.forward([drafted[row] for row in kept])
+            caches.append(engine.arena.export(0, 20, len(kept)))
+            for ours, theirs in zip(*caches, strict=True):
+                assert np.abs(ours - theirs).max() < NOISE[backend]
+            assert np.abs(engine.forward(IDS[:3])[-1] - after).max() < NOISE[backend]
+
+
+def test_what_nobody_keeps_is_forgotten(models: dict[str, Path]) -> None:
+    with engine_at(models["gemma3"], GB, speculate=True) as engine:
+        engine.forward(IDS[:20])
+        expected = engine.forward(IDS[20:22])[-1].copy()
+        engine.truncate(0)
+        engine.forward(IDS[:20])
+        for _ in range(3):
+            engine.verify(IDS[30:38], TREE)
+        assert np.abs(engine.forward(IDS[20:22])[-1] - expected).max() < NOISE["numpy"]
+        assert engine.n_past == 22
+
+
+def test_rows_of_drafts_are_the_first_to_go(models: dict[str, Path]) -> None:
+    """While weights stream, less memory never means more rows; that all weights stay is worth more than rows."""
+    path = models["llama"]
+    found = []
+    for budget in [*budgets(path, 6), GB]:
+        with engine_at(path, budget, speculate=True) as engine:
+            found.append(engine.max_rows)
+            assert engine.plan.planned_bytes <= budget
+    *streaming, just_resident, roomy = found
+    assert all(less <= more for less, more in pairwise(streaming))
+    assert (streaming[0], just_resident, roomy) == (1, 1, 16)
