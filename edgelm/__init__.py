@@ -119,6 +119,7 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     simulate: str | None = None,
+    speculate: bool = True,
     adaptive: bool | Callable[[str], None] = False,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
@@ -132,6 +133,8 @@ def load(
     device is short of it, and takes it again up to the budget; a function hears a sentence for each change, from
     another thread. `progress(done, total)` hears of loading, `notice` a sentence on work that is done once: some
     backends prepare a model before its first start, which is kept in the cache folder.
+    Tokens are guessed and verified several at a time where that is faster, with the same result; `speculate=False`
+    computes one after the other.
     `simulate` names one of `devices()`: reading weights is slowed down to that device's flash, and its budget and
     threads stand in for those not given; the processor stays this machine's own.
 
@@ -142,7 +145,7 @@ def load(
     from edgelm.model import Model
     from edgelm.opening import open_engine
 
-    wishes = Wishes(memory, backend, threads, context, simulate)
+    wishes = Wishes(memory, backend, threads, context, simulate, speculate=speculate)
     return Model(open_engine(path, wishes, progress, notice), adaptive)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from edgelm.engine.generate import Conversation, FinishReason, token_ids
 from edgelm.engine.sampling import Processor, Sampler, Sampling, make_sampler
+from edgelm.engine.speculation.speculator import Speculator
 from edgelm.errors import Cancelled, ConfigError
 from edgelm.files.model import ModelFile
 from edgelm.memory.meter import Meter
@@ -40,6 +41,7 @@ class Options(TypedDict, total=False):
     ignore_eos: bool
     timeout_s: float | None
     processors: Sequence[Processor]
+    speculate: bool
     temperature: float
     top_k: int
     top_p: float
@@ -53,7 +55,7 @@ class Options(TypedDict, total=False):
     seed: int | None
 
 
-_OWN_OPTIONS = ("max_tokens", "stop", "ignore_eos", "timeout_s", "processors")
+_OWN_OPTIONS = ("max_tokens", "stop", "ignore_eos", "timeout_s", "processors", "speculate")
 
 
 class Model:
@@ -70,6 +72,7 @@ class Model:
         self.backend: str = opened.backend
         self.notes: tuple[str, ...] = opened.notes
         self._conversation = Conversation(opened.engine)
+        self._speculator = Speculator(opened.engine) if opened.speculate else None
         self.turns = Turns(opened.engine.cancel)
         self._template: ChatTemplate | None = None
         self._meter = Meter()
@@ -145,8 +148,9 @@ class Model:
         if not ids:
             raise ConfigError("the prompt is empty; give it at least one token")
         ends = frozenset[int]() if options.get("ignore_eos") else self.tokenizer.eos_ids
-        clock = Clock(self._engine, self._meter, self.backend, len(ids))
-        return self._run(turn, ids, sampler, matcher, max_tokens, ends, timeout_s, clock)
+        clock = Clock(self._engine, self._conversation.counts, self._meter, self.backend, len(ids))
+        speculator = self._speculator if options.get("speculate", True) else None
+        return self._run(turn, ids, sampler, matcher, max_tokens, ends, timeout_s, clock, speculator)
 
     def _run(
         self,
@@ -158,6 +162,7 @@ class Model:
         ends: frozenset[int],
         timeout_s: float | None,
         clock: Clock,
+        speculator: Speculator | None,
     ) -> Generator[Chunk, None, None]:
         decoder = self.tokenizer.incremental()
         reason: FinishReason | None = None
@@ -167,7 +172,7 @@ class Model:
                 clock.started()
                 clock.prefilled(self._conversation.prefill(ids, lambda _: self.turns.breathe(turn)))
                 limit = min(max_tokens or room, room)
-                tokens = token_ids(self._conversation, ids, sampler, max_tokens=limit, ends=ends)
+                tokens = token_ids(self._conversation, ids, sampler, max_tokens=limit, ends=ends, speculator=speculator)
                 while reason is None:
                     try:
                         token = next(tokens)

@@ -68,6 +68,8 @@ class Opened(NamedTuple):
     backend: str
     notes: tuple[str, ...]
     lost: tuple[str, ...]
+    speculate: bool = True
+    """Whether tokens are guessed and verified, where that is faster."""
 
 
 class _Making(NamedTuple):
@@ -142,7 +144,7 @@ def open_engine(
     notes = (*ready.notes, *concessions(ready.prepared.plan, wishes.context or default_context(ready.file)))
     notes += old_tables(ready.file)
     replanned = Replanning(ready.prepared, engine)
-    return Opened(ready.file, ready.tokenizer, engine, replanned, ready.backend, notes, ready.lost)
+    return Opened(ready.file, ready.tokenizer, engine, replanned, ready.backend, notes, ready.lost, wishes.speculate)
 
 
 def plan(

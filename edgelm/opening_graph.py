@@ -63,7 +63,7 @@ def open_graph(path: Path, wishes: Wishes, progress: Callable[[int, int], None] 
     def replanned(budget_bytes: int) -> tuple[Plan, tuple[str, ...]]:
         return engine.replan(budget_bytes), ()
 
-    return Opened(ready.file, ready.tokenizer, engine, replanned, ready.backend, ready.notes, ())
+    return Opened(ready.file, ready.tokenizer, engine, replanned, ready.backend, ready.notes, (), wishes.speculate)
 
 
 def graph_plan(path: Path, wishes: Wishes) -> Plan:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from edgelm.engine.generate import FinishReason
     from edgelm.engine.running import Running
+    from edgelm.engine.speculation.speculator import Counts
     from edgelm.memory.meter import Meter
 
 
@@ -23,6 +24,8 @@ class Usage:
     `elapsed_s`, from the beginning of the prompt to this chunk, is split into `compute_s` (programs ran),
     `wait_s` (nothing to compute before a read had ended), `sample_s` and `other_s` (masks, text, the caller).
     Beside them, `read_s` is the time in which at least one read was under way.
+    Of the answer's `passes`, which the prompt's are not among, `drafted_tokens` were guessed and verified, and
+    `accepted_tokens` of them were right.
     `simulated` names the device whose flash, threads and budget were simulated, if any.
     """
 
@@ -43,7 +46,20 @@ class Usage:
     budget_bytes: int
     predicted_decode_tps: float
     backend: str
+    passes: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     simulated: str | None = None
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """What a pass after the prompt yielded on average; 0 before the first."""
+        return (self.completion_tokens - 1) / self.passes if self.passes else 0.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes read from flash for each token of the answer, prompt included; 0 before the first."""
+        return self.bytes_streamed / self.completion_tokens if self.completion_tokens else 0.0
 
     @property
     def other_s(self) -> float:
@@ -68,9 +84,10 @@ SAMPLE_S = 0.02
 class Clock:
     """Takes the times of one generation."""
 
-    def __init__(self, engine: Running, meter: Meter, backend: str, prompt_tokens: int) -> None:
+    def __init__(self, engine: Running, counts: Counts, meter: Meter, backend: str, prompt_tokens: int) -> None:
         self._engine, self._meter, self._backend = engine, meter, backend
         self._prompt_tokens, self._cached, self._computed, self._tokens = prompt_tokens, 0, 0, 0
+        self._counts, self._counted = counts, replace(counts)
         self._began = time.perf_counter()
         self._prefill_began = self._began
         self._prefill_s = self._first = self._last = 0.0
@@ -80,6 +97,7 @@ class Clock:
 
     def started(self) -> None:
         """The queue is over: prefill begins."""
+        self._counted = replace(self._counts)
         self._prefill_began = time.perf_counter()
         self._streamed, self._before_s = self._engine.bytes_streamed, self._engine.times.sums_s()
 
@@ -105,6 +123,7 @@ class Clock:
         memory = self._memory
         decode_s = self._last - self._first
         sums_s = self._engine.times.sums_s()
+        counts, before = self._counts, self._counted
         return Usage(
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached,
@@ -123,5 +142,8 @@ class Clock:
             budget_bytes=plan.budget_bytes,
             predicted_decode_tps=self._predicted_tps,
             backend=self._backend,
+            passes=counts.passes - before.passes,
+            drafted_tokens=counts.drafted - before.drafted,
+            accepted_tokens=counts.accepted - before.accepted,
             simulated=plan.simulated,
         )

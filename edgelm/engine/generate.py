@@ -9,8 +9,12 @@ import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Literal
 
+from edgelm.engine.largest import largest
+from edgelm.engine.rows import Rows
 from edgelm.engine.running import Running
-from edgelm.engine.sampling import Sampler
+from edgelm.engine.sampling import Logits, Sampler
+from edgelm.engine.speculation.drafts import NOTHING, ROOT
+from edgelm.engine.speculation.speculator import Counts, Speculator
 from edgelm.errors import ContextOverflow
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
@@ -21,7 +25,9 @@ class Conversation:
 
     def __init__(self, engine: Running) -> None:
         self.engine = engine
+        self.counts = Counts()
         self._stored: list[int] = []
+        self._tried: tuple[int, ...] = ()
 
     def prefill(self, ids: Sequence[int], progress: Callable[[int], None] | None = None) -> int:
         """Append what is not stored yet of `ids`; return how many tokens were computed.
@@ -46,6 +52,20 @@ class Conversation:
         """Append one token."""
         self._forward([token])
 
+    def verify(self, ids: Sequence[int], parents: Sequence[int]) -> Rows:
+        """Compute the logits after each id of a tree, see `Running.verify`; what is right is to be kept."""
+        try:
+            rows = self.engine.verify(ids, parents)
+        finally:
+            del self._stored[self.engine.n_past :]
+        self._tried = tuple(ids)
+        return rows
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Append the ids of these rows of the last verified pass."""
+        self.engine.keep(rows)
+        self._stored.extend(self._tried[row] for row in rows)
+
     @property
     def is_full(self) -> bool:
         """Whether no further token can be appended."""
@@ -69,19 +89,82 @@ def token_ids(
     *,
     max_tokens: int,
     ends: Collection[int] = (),
+    speculator: Speculator | None = None,
 ) -> Generator[int, None, FinishReason]:
-    """Yield the ids that follow the prefilled `prompt`; return why it ended. An id of `ends` is not yielded."""
+    """Yield the ids that follow the prefilled `prompt`; return why it ended. An id of `ends` is not yielded.
+
+    With a `speculator` a pass may yield several. Every id is drawn by the sampler from the logits that belong to it,
+    whatever was guessed: the law is that of plain sampling, and a seeded sampler draws the same numbers for it.
+    """
     history = list(prompt)
-    for count in range(1, max_tokens + 1):
-        began = time.perf_counter()
-        token = sampler(conversation.logits, history)
-        conversation.engine.times.add("sample", count, began)
-        if token in ends:
-            return "stop"
-        history.append(token)
-        yield token
-        if count < max_tokens:
-            if conversation.is_full:
-                return "length"
-            conversation.step(token)
-    return "length"
+    engine, count = conversation.engine, 0
+    if speculator is not None:
+        speculator.begin(history)
+    new = [_drawn(conversation, sampler, conversation.logits, history, 1)]
+    if speculator is not None:
+        speculator.begin(history)
+    while True:
+        for token in new:
+            if token in ends:
+                return "stop"
+            count += 1
+            yield token
+        if count >= max_tokens or conversation.is_full:
+            return "length"
+        most = min(max_tokens - count, engine.plan.context - engine.n_past)
+        new = _round(conversation, sampler, history, ends, most, speculator)
+
+
+def _round(
+    conversation: Conversation,
+    sampler: Sampler,
+    history: list[int],
+    ends: Collection[int],
+    most: int,
+    speculator: Speculator | None,
+) -> list[int]:
+    """Compute a pass for the newest token and what is guessed to follow it; return up to `most` ids that do.
+
+    They are appended to `history`. Lossless for trees, too: a guess counts if it is what the sampler drew.
+    """
+    began_s = time.perf_counter()
+    newest, n_before = history[-1], len(history)
+    draft = NOTHING
+    if speculator is not None:
+        forced = getattr(sampler, "forced", None)
+        draft = speculator.draft(most, forced(history) if forced else ())
+    ids = (newest, *draft.ids)
+    if draft.ids:
+        rows: Rows | tuple[Logits] = conversation.verify(ids, (ROOT, *(parent + 1 for parent in draft.parents)))
+    else:
+        conversation.step(newest)
+        rows = (conversation.logits,)
+    if speculator is not None and (k := speculator.successors):
+        for row, token in enumerate(ids):  # first: samplers write to the logits
+            speculator.recycle(token, largest(rows[row], k))
+    path: list[int] = []
+    node = ROOT
+    while True:
+        token = _drawn(conversation, sampler, rows[node + 1], history, len(history) - n_before + 1)
+        found = [child for child in draft.children(node) if draft.ids[child] == token]
+        if not found or token in ends:
+            break
+        node = found[0]
+        path.append(node)
+    if draft.ids:
+        conversation.keep([0, *(node + 1 for node in path)])
+    conversation.counts.passes += 1
+    conversation.counts.drafted += len(draft.ids)
+    conversation.counts.accepted += len(path)
+    if speculator is not None:
+        speculator.learn(draft, path, history[n_before:], time.perf_counter() - began_s)
+    return history[n_before:]
+
+
+def _drawn(conversation: Conversation, sampler: Sampler, logits: Logits, history: list[int], number: int) -> int:
+    """Draw the next id and append it to `history`."""
+    began = time.perf_counter()
+    token = sampler(logits, history)
+    conversation.engine.times.add("sample", number, began)
+    history.append(token)
+    return token

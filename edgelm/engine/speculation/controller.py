@@ -1,0 +1,38 @@
+"""How much to guess before each pass: as much as yields the most tokens a second, often nothing.
+
+SmartSpec's goodput (arXiv:2406.14066): expected tokens of a pass over its expected time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgelm.engine.passes import WIDTHS
+from edgelm.engine.speculation.curve import Curve
+
+WORTH = 1.03
+"""How much faster than no guessing it must promise to be."""
+
+
+def nodes_for(reach: Sequence[float], curve: Curve, most_rows: int) -> int:
+    """Return how many of the likeliest guesses to verify. `reach[i]`: the chance that guess i is reached and right.
+
+    A pass has a row more than guesses, that of the newest token; 0: a plain pass promises as much.
+    """
+    if not curve.seconds(1):  # no pass was measured yet
+        return 0
+    best, best_n = WORTH / curve.seconds(1), 0
+    expected, done = 1.0, 0
+    for width in WIDTHS:
+        n = width - 1
+        if width == 1:
+            continue
+        if width > most_rows or n > len(reach):
+            break
+        while done < n:
+            expected += reach[done]
+            done += 1
+        goodput = expected / curve.seconds(width)
+        if goodput > best:
+            best, best_n = goodput, n
+    return best_n

@@ -1,0 +1,104 @@
+"""Decides before every pass what to guess, and learns from what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgelm.engine.speculation.chances import Chances
+from edgelm.engine.speculation.controller import nodes_for
+from edgelm.engine.speculation.curve import Curve
+from edgelm.engine.speculation.drafts import NOTHING, ROOT, Draft, Drafter
+from edgelm.engine.speculation.lookup import Lookup
+from edgelm.engine.speculation.recycling import SUCCESSORS, Recycling
+from edgelm.engine.speculation.tree import Grown, grow
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgelm.engine.running import Running
+
+RECYCLING_WIDTH, RECYCLING_COST = 8, 1.5
+"""Recycled guesses are seldom right: they are made where a pass of so many rows costs no more than so many of one."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened so far: passes after the prompt, tokens guessed, and those that were right."""
+
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+class Speculator:
+    """Guesses for one conversation."""
+
+    def __init__(self, engine: Running) -> None:
+        self._engine = engine
+        self._chances = Chances()
+        self._lookup, self._recycling = Lookup(self._chances), Recycling(self._chances)
+        self._plan, self._curve = engine.plan, Curve(engine.plan)
+        self._at_root = Grown()
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """Take these ids as the text so far; the pass for the last of them is done."""
+        self._lookup.begin(ids)
+        self._recycling.begin(ids)
+
+    @property
+    def successors(self) -> int:
+        """How many of the likeliest ids of each row `learn` wants to be told; 0: none."""
+        return SUCCESSORS if self._recycles else 0
+
+    @property
+    def _recycles(self) -> bool:
+        if self._engine.max_rows < 2:
+            return False
+        width = min(RECYCLING_WIDTH, self._engine.max_rows)
+        return self._curve.seconds(width) < RECYCLING_COST * self._curve.seconds(1)
+
+    def draft(self, most_rows: int, forced: Sequence[int] = ()) -> Draft:
+        """Return what to verify in a pass of up to `most_rows` rows, of which the newest token takes one.
+
+        `forced` tokens are sure to come next.
+        """
+        engine = self._engine
+        if engine.plan is not self._plan:  # another budget: other costs
+            self._plan, self._curve = engine.plan, Curve(engine.plan)
+        most_rows = min(most_rows, engine.max_rows)
+        drafters: list[Drafter] = [self._lookup]
+        if self._recycles:
+            drafters.append(self._recycling)
+        self._at_root = grown = grow(drafters, max(most_rows - 1, 0), engine.trees, forced)
+        n_nodes = nodes_for(grown.reach, self._curve, most_rows)
+        return grown.first(n_nodes) if n_nodes else NOTHING
+
+    def learn(self, draft: Draft, path: Sequence[int], tokens: Sequence[int], seconds: float) -> None:
+        """Hear of a finished round: the nodes of `draft` that were right, and the tokens that came, one more of them.
+
+        `seconds`: what the round took.
+        """
+        self._curve.passed(1 + len(draft.ids), seconds)
+        if draft.ids:
+            for parent, token in zip((ROOT, *path), tokens, strict=True):
+                for node in draft.children(parent):
+                    self._outcome(draft.keys[node], draft.ids[node] == token)
+        else:
+            grown = self._at_root
+            for node, parent in enumerate(grown.parents):
+                if parent == ROOT:
+                    self._outcome(grown.keys[node], grown.ids[node] == tokens[0])
+        for token in tokens:
+            self._lookup.append(token)
+            self._recycling.append(token)
+
+    def recycle(self, token: int, successors: NDArray[np.int64]) -> None:
+        """Remember what the model ranked first after a token."""
+        self._recycling.learn(token, successors)
+
+    def _outcome(self, key: object, came_true: bool) -> None:
+        if key is not None:  # forced tokens were no guess
+            self._chances.learn(key, came_true)
