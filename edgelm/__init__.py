@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from os import fspath
 from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import (
@@ -120,6 +121,7 @@ def load(
     context: int | None = None,
     simulate: str | None = None,
     speculate: bool = True,
+    draft: str | PathLike[str] | None = None,
     adaptive: bool | Callable[[str], None] = False,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
@@ -134,7 +136,8 @@ def load(
     another thread. `progress(done, total)` hears of loading, `notice` a sentence on work that is done once: some
     backends prepare a model before its first start, which is kept in the cache folder.
     Tokens are guessed and verified several at a time where that is faster, with the same result; `speculate=False`
-    computes one after the other.
+    computes one after the other. `draft` is a smaller model of the same vocabulary that does the guessing, resident
+    within the same budget; a low-bit copy of the model itself is one.
     `simulate` names one of `devices()`: reading weights is slowed down to that device's flash, and its budget and
     threads stand in for those not given; the processor stays this machine's own.
 
@@ -145,7 +148,8 @@ def load(
     from edgelm.model import Model
     from edgelm.opening import open_engine
 
-    wishes = Wishes(memory, backend, threads, context, simulate, speculate=speculate)
+    drafted_by = None if draft is None else fspath(draft)
+    wishes = Wishes(memory, backend, threads, context, simulate, speculate=speculate, draft=drafted_by)
     return Model(open_engine(path, wishes, progress, notice), adaptive)
 
 

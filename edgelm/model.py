@@ -72,8 +72,10 @@ class Model:
         self.backend: str = opened.backend
         self.notes: tuple[str, ...] = opened.notes
         self._conversation = Conversation(opened.engine)
-        self._speculator = Speculator(opened.engine) if opened.speculate else None
-        self.turns = Turns(opened.engine.cancel)
+        self._draft = opened.draft
+        draft = Conversation(opened.draft) if opened.draft is not None else None
+        self._speculator = Speculator(opened.engine, draft) if opened.speculate else None
+        self.turns = Turns(self._abort)
         self._template: ChatTemplate | None = None
         self._meter = Meter()
         self.asked_bytes = opened.engine.plan.budget_bytes
@@ -234,6 +236,8 @@ class Model:
 
     def _go_over(self, budget_bytes: int) -> Plan:
         plan, notes = self._replan(budget_bytes)
+        if self._draft is not None and not plan.demand.draft_bytes:
+            self._drop_draft()
         self._engine.carry_out(plan)
         trim()
         self.notes = notes
@@ -241,9 +245,26 @@ class Model:
 
     def close(self) -> None:
         """Give all memory back. Streams are stopped first; one that was left half-way ends when it is read again."""
-        self.turns.close(self._engine.close)
+        self.turns.close(self._close)
         if self._monitor is not None:
             self._monitor.stop()
+
+    def _close(self) -> None:
+        if self._draft is not None:
+            self._draft.close()
+        self._engine.close()
+
+    def _abort(self, on: bool) -> None:
+        self._engine.cancel(on)
+        if self._draft is not None:
+            self._draft.cancel(on)
+
+    def _drop_draft(self) -> None:
+        assert self._draft is not None
+        if self._speculator is not None:
+            self._speculator.drop_model()
+        self._draft.close()
+        self._draft = None
 
     def __enter__(self) -> Model:
         return self

@@ -46,6 +46,10 @@ from edgelm.text.tokenizer import Tokenizer, load_tokenizer
 if TYPE_CHECKING:
     pass
 
+if TYPE_CHECKING:
+    from edgelm.drafting import Draft
+    from edgelm.engine.forward import Engine
+
 TEMPLATE_BYTES = 6_500_000
 """The template engine, which is imported when the first chat is rendered."""
 MEASURING_BYTES = 100 * MB
@@ -70,6 +74,8 @@ class Opened(NamedTuple):
     lost: tuple[str, ...]
     speculate: bool = True
     """Whether tokens are guessed and verified, where that is faster."""
+    draft: Engine | None = None
+    """A smaller model that guesses."""
 
 
 class _Making(NamedTuple):
@@ -85,10 +91,11 @@ class Ready(NamedTuple):
     file: ModelFile
     tokenizer: Tokenizer
     backend: str
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
     """The backend of the answers, and that of the prompts if they have one of their own."""
     prepared: Prepared
     notes: tuple[str, ...]
+    draft: Draft | None = None
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -98,9 +105,11 @@ class Ready(NamedTuple):
     def close(self) -> None:
         for part in self.parts:
             part.close()
+        if self.draft is not None:
+            self.draft.part.close()
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """One backend, opened: `told` are sentences for the user, `lost` those of them on what converting loses."""
 
     phase: Phase
@@ -141,10 +150,19 @@ def open_engine(
     except BaseException:
         ready.close()
         raise
+    draft = None
+    try:
+        if ready.draft is not None:
+            draft = ready.draft.build()
+    except BaseException:
+        engine.close()
+        raise
     notes = (*ready.notes, *concessions(ready.prepared.plan, wishes.context or default_context(ready.file)))
     notes += old_tables(ready.file)
     replanned = Replanning(ready.prepared, engine)
-    return Opened(ready.file, ready.tokenizer, engine, replanned, ready.backend, notes, ready.lost, wishes.speculate)
+    return Opened(
+        ready.file, ready.tokenizer, engine, replanned, ready.backend, notes, ready.lost, wishes.speculate, draft
+    )
 
 
 def plan(
@@ -233,7 +251,7 @@ def _with_backend(
     wishes = asked.wishes
     request = Request(asked.budget_bytes, wishes.context, asked.n_threads, wishes.max_outputs, wishes.speculate)
     prompts, answers = split_name(name)
-    parts: list[_Part] = []
+    parts: list[Part] = []
     try:
         names = (answers, prompts) if prompts else (answers,)
         for one in names:
@@ -241,13 +259,27 @@ def _with_backend(
             parts.append(part)  # at once: if the next one fails, this one is closed
         trim()
         phases = [part.phase for part in parts]
-        prepared = prepare(phases[0], request, process_bytes_of(source) + host.more_bytes, *phases[1:])
+
+        def planned(request: Request) -> Prepared:
+            return prepare(phases[0], request, process_bytes_of(source) + host.more_bytes, *phases[1:])
+
+        draft: Draft | None = None
+        more: tuple[str, ...] = ()
+        if wishes.draft is None:
+            prepared = planned(request)
+        else:
+            from edgelm.drafting import with_draft
+
+            def opened(file: ModelFile) -> Part:
+                return _open_part(answers, file, request, device, making, host, 1)
+
+            prepared, draft, more = with_draft(wishes.draft, source, request, opened, planned)
     except BaseException:
         for part in parts:
             part.close()
         raise
-    told = tuple(sentence for part in parts for sentence in part.told)
-    return Ready(source, tokenizer, name, tuple(parts), prepared, told)
+    told = (*(sentence for part in parts for sentence in part.told), *more)
+    return Ready(source, tokenizer, name, tuple(parts), prepared, told, draft)
 
 
 def _open_part(
@@ -258,7 +290,7 @@ def _open_part(
     making: _Making | None,
     host: _Host,
     n_sharing: int,
-) -> _Part:
+) -> Part:
     """Open a backend, with the model as it wants it, and measure what it computes a second.
 
     `n_sharing` backends hold weights of the model in the same budget.
@@ -288,7 +320,7 @@ def _open_part(
         raise
     simulated = (device.name if device else "", name if chosen.capabilities().simulated else "")
     rates = rates._replace(simulated=", ".join(filter(None, simulated)) or None)
-    return _Part(Phase(file, chosen, session, rates, pattern), store, told, lost)
+    return Part(Phase(file, chosen, session, rates, pattern), store, told, lost)
 
 
 def _in_layout(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgelm.concessions import concessions
@@ -10,6 +11,7 @@ from edgelm.engine.forward import Engine
 from edgelm.engine.loading import Prepared
 from edgelm.engine.phased import PhasedEngine
 from edgelm.engine.phases import replan
+from edgelm.errors import BudgetTooSmall
 from edgelm.files.model import ModelFile
 from edgelm.memory.plan import Plan
 from edgelm.memory.platform import current_platform
@@ -32,7 +34,17 @@ class Replanning:
     def __call__(self, budget_bytes: int) -> tuple[Plan, tuple[str, ...]]:
         if self._engine.pattern is None:
             self._prepared = _with_flash(self._prepared, self._engine)
-        plan = replan(self._prepared, self._engine, budget_bytes)
+        try:
+            plan = replan(self._prepared, self._engine, budget_bytes)
+        except BudgetTooSmall:
+            request = self._prepared.request
+            if not request.draft_bytes:
+                raise
+            without = self._prepared._replace(request=replace(request, draft_bytes=0))
+            plan = replan(without, self._engine, budget_bytes)
+            self._prepared = without
+            dropped = "the draft model was dropped: the budget holds only one; load the model again to have it back"
+            return plan, (dropped, *concessions(plan, plan.context))
         return plan, concessions(plan, plan.context)
 
 

@@ -80,15 +80,17 @@ class Demands(Sequence[Demand]):
         kept: tuple[int, int] | None = None,
         most_tokens: int | None = None,
         n_rows: int = 1,
+        draft_bytes: int = 0,
     ) -> None:
         """`kept`: the chunk that a cache is made for, and its bytes, where that is decided already.
 
         `most_tokens`: no pass will have more. `n_rows`: rows of drafts that a pass can verify.
+        `draft_bytes`: what a draft model takes.
         """
         self._cache = cache
         self._model, self._session, self._context = model, session, context
         self._process_bytes, self._max_outputs, self._kept = process_bytes, max_outputs, kept
-        self._n_rows = max(n_rows, max_outputs)
+        self._n_rows, self._draft_bytes = max(n_rows, max_outputs), draft_bytes
         widest = min(context, kept[0] if kept else context, most_tokens or context)
         # all rows whose logits are wanted come from one pass
         self.chunks = tuple(chunk for chunk in CHUNKS if self._n_rows <= chunk <= widest)
@@ -148,6 +150,7 @@ class Demands(Sequence[Demand]):
             reserve_bytes=RESERVE_BYTES
             + GRAPH_BYTES_PER_OP * len(model.trace.ops) // 4 * most_shapes(self._n_rows) // most_shapes(1)
             + copies * model.n_vocab * FLOAT_BYTES,
+            draft_bytes=self._draft_bytes,
             n_rows=self._n_rows,
         )
 

@@ -127,13 +127,13 @@ def _round(
 
     They are appended to `history`. Lossless for trees, too: a guess counts if it is what the sampler drew.
     """
-    began_s = time.perf_counter()
     newest, n_before = history[-1], len(history)
     draft = NOTHING
     if speculator is not None:
         forced = getattr(sampler, "forced", None)
-        draft = speculator.draft(most, forced(history) if forced else ())
+        draft = speculator.draft(history, most, forced(history) if forced else ())
     ids = (newest, *draft.ids)
+    began_s = time.perf_counter()
     if draft.ids:
         rows: Rows | tuple[Logits] = conversation.verify(ids, (ROOT, *(parent + 1 for parent in draft.parents)))
     else:

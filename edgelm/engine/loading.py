@@ -36,6 +36,8 @@ ROWS, RESIDENT_ROWS = (32, 16, 8, 4), 16
 """Rows of drafts that a pass may verify. Where all weights stay, wider passes cost more than they bring."""
 ROWS_SHARE = 0.05
 """Share of the weights' memory that the logits of drafts may take."""
+ROWS_OF_STREAMED = 0.015
+"""How much more may be read from flash in each pass for them."""
 _ROUNDS = 6
 
 
@@ -48,6 +50,8 @@ class Request:
     n_threads: int = 1
     max_outputs: int = 1
     speculate: bool = True
+    draft_bytes: int = 0
+    """What a draft model takes of the budget."""
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < MIN_CONTEXT:
@@ -132,7 +136,10 @@ def prepare(
         model = describe(record(architecture, file, context), file.tensors, file.gathered)
         check_types(model, backend)
         terms = Terms(context, rates, can.streams, isinstance(session, Adopting))
-        demands = partial(Demands, model, session, context, process_bytes, request.max_outputs, can.cache)
+        demands = partial(
+            Demands, model, session, context, process_bytes, request.max_outputs, can.cache,
+            draft_bytes=request.draft_bytes,
+        )  # fmt: skip
         try:
             plan = with_rows(model, demands, request, request.budget_bytes, terms)
             return Prepared(model, plan, session, request, file, process_bytes, rates, pattern, can.streams, can.cache)
@@ -186,6 +193,7 @@ def replan(prepared: Prepared, engine: Engine, budget_bytes: int) -> Plan:
         request.max_outputs,
         arena.layout,
         kept=(arena.chunk, arena.n_bytes),
+        draft_bytes=request.draft_bytes,
     )
     terms = Terms(arena.context, prepared.rates, prepared.streams, isinstance(prepared.session, Adopting))
     return with_rows(model, demands, request, budget_bytes, terms)
@@ -211,9 +219,9 @@ def with_rows(model: Model, demands: Callable[..., Demands], request: Request, b
     if roomy is not None and not roomy.streamed and roomy.chunk >= min(CHUNKS[0], terms.context):
         return roomy
     plain = settle(model, demands(), budget_bytes, terms)
-    weights_bytes = plain.pinned_bytes + plain.slots_bytes
+    room = max(ROWS_SHARE * (plain.pinned_bytes + plain.slots_bytes), ROWS_OF_STREAMED * plain.streamed_bytes)
     for n_rows in ROWS:
-        if n_rows * model.n_vocab * FLOAT_BYTES > ROWS_SHARE * weights_bytes:
+        if n_rows * model.n_vocab * FLOAT_BYTES > room:
             continue
         plan = _settled(model, demands(n_rows=n_rows), budget_bytes, terms)
         if plan is not None and bool(plan.streamed) == bool(plain.streamed):

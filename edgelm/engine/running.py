@@ -23,6 +23,7 @@ class Running(Protocol):
     plan: Plan
     times: Times
     n_threads: int
+    n_vocab: int
 
     @property
     def max_rows(self) -> int:

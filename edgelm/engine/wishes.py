@@ -15,3 +15,4 @@ class Wishes(NamedTuple):
     simulate: str | None = None
     max_outputs: int = 1
     speculate: bool = True
+    draft: str | None = None

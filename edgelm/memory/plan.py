@@ -44,6 +44,8 @@ class Demand(NamedTuple):
     reserve_bytes: int
     beside_bytes: int = 0
     """What another backend takes, which computes the prompts."""
+    draft_bytes: int = 0
+    """What a draft model takes, all of it."""
     n_rows: int = 1
     """Rows of logits that one pass can return: drafts are verified in passes of so many tokens."""
 
@@ -60,7 +62,8 @@ class Demand(NamedTuple):
             ("activations, masks and logits", self.state_bytes),
             ("reserve", self.reserve_bytes),
         )
-        return (*items, ("prompts on another backend", self.beside_bytes)) if self.beside_bytes else items
+        beside = (("draft model", self.draft_bytes), ("prompts on another backend", self.beside_bytes))
+        return (*items, *(item for item in beside if item[1]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from edgelm.engine.speculation.controller import nodes_for
 from edgelm.engine.speculation.curve import Curve
 from edgelm.engine.speculation.drafts import NOTHING, ROOT, Draft, Drafter
 from edgelm.engine.speculation.lookup import Lookup
+from edgelm.engine.speculation.model_draft import ModelDraft
 from edgelm.engine.speculation.recycling import SUCCESSORS, Recycling
 from edgelm.engine.speculation.tree import Grown, grow
 
@@ -18,10 +19,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgelm.engine.generate import Conversation
     from edgelm.engine.running import Running
 
 RECYCLING_WIDTH, RECYCLING_COST = 8, 1.5
 """Recycled guesses are seldom right: they are made where a pass of so many rows costs no more than so many of one."""
+
+SURE = 0.7
+"""A guess from the text that is so likely right needs no draft model."""
 
 
 @dataclass(slots=True)
@@ -36,12 +41,18 @@ class Counts:
 class Speculator:
     """Guesses for one conversation."""
 
-    def __init__(self, engine: Running) -> None:
+    def __init__(self, engine: Running, draft: Conversation | None = None) -> None:
+        """`draft`: of a smaller model of the same vocabulary."""
         self._engine = engine
         self._chances = Chances()
+        self._model = ModelDraft(draft, self._chances, engine.n_vocab) if draft is not None else None
         self._lookup, self._recycling = Lookup(self._chances), Recycling(self._chances)
         self._plan, self._curve = engine.plan, Curve(engine.plan)
         self._at_root = Grown()
+
+    def drop_model(self) -> None:
+        """Go on without the draft model."""
+        self._model = None
 
     def begin(self, ids: Sequence[int]) -> None:
         """Take these ids as the text so far; the pass for the last of them is done."""
@@ -60,8 +71,8 @@ class Speculator:
         width = min(RECYCLING_WIDTH, self._engine.max_rows)
         return self._curve.seconds(width) < RECYCLING_COST * self._curve.seconds(1)
 
-    def draft(self, most_rows: int, forced: Sequence[int] = ()) -> Draft:
-        """Return what to verify in a pass of up to `most_rows` rows, of which the newest token takes one.
+    def draft(self, history: Sequence[int], most_rows: int, forced: Sequence[int] = ()) -> Draft:
+        """Return what to verify after `history` in a pass of up to `most_rows` rows, of which its last token takes one.
 
         `forced` tokens are sure to come next.
         """
@@ -72,7 +83,11 @@ class Speculator:
         drafters: list[Drafter] = [self._lookup]
         if self._recycles:
             drafters.append(self._recycling)
-        self._at_root = grown = grow(drafters, max(most_rows - 1, 0), engine.trees, forced)
+        most = max(most_rows - 1, 0)
+        self._at_root = grown = grow(drafters, most, engine.trees, forced)
+        sure = bool(grown.reach) and grown.reach[0] >= SURE
+        if self._model is not None and not sure and most:
+            grown = self._model.grow(history, most, self._curve, engine.trees)
         n_nodes = nodes_for(grown.reach, self._curve, most_rows)
         return grown.first(n_nodes) if n_nodes else NOTHING
 
