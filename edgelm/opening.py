@@ -173,9 +173,13 @@ def plan(
     threads: int | None = None,
     context: int | None = None,
     simulate: str | None = None,
+    speculate: bool = True,
+    draft: str | PathLike[str] | None = None,
 ) -> Plan:
     """Return the plan that `load` would carry out, without reading weights. Raises what `load` raises."""
-    wishes = Wishes(memory, backend, threads, context, simulate)
+    wishes = Wishes(
+        memory, backend, threads, context, simulate, 1, speculate, None if draft is None else os.fspath(draft)
+    )
     if is_genai_folder(path):
         from edgelm.opening_graph import graph_plan
 

@@ -15,6 +15,7 @@ from edgelm_apps.options import (
     quiet_option,
     sampling_options,
     sampling_values,
+    speculation_options,
 )
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @quiet_option
 @offline_option
 @engine_options
+@speculation_options
 @adaptive_option
 @sampling_options
 def chat(model: str | None, system: str | None, quiet: bool, offline: bool, adaptive: bool, **given: Any) -> int:
@@ -36,7 +38,7 @@ def chat(model: str | None, system: str | None, quiet: bool, offline: bool, adap
 
     Ctrl-C stops an answer; Ctrl-D or /exit leaves; /help lists the commands.
     """
-    from edgelm_apps.engine import find_model, open_model, start_lines
+    from edgelm_apps.engine import find_draft, find_model, open_model, start_lines
     from edgelm_apps.output import Asides, note
     from edgelm_apps.repl import Conversation, lines_from_stdin, talk
     from edgelm_models.catalogue import DEFAULT_MODEL
@@ -44,6 +46,7 @@ def chat(model: str | None, system: str | None, quiet: bool, offline: bool, adap
     overflow: Overflow = given.pop("overflow") or "error"
     path = find_model(model or DEFAULT_MODEL, offline=offline, quiet=quiet)
     engine, asides = engine_values(given), Asides(quiet)
+    find_draft(engine, offline=offline, quiet=quiet)
     if adaptive:
         engine["adaptive"] = asides.add
     with open_model(path, engine, quiet=quiet) as loaded:

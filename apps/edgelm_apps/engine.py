@@ -44,6 +44,12 @@ def find_model(model: str, *, offline: bool, quiet: bool) -> Path:
     return locate(model)
 
 
+def find_draft(engine: dict[str, Any], *, offline: bool, quiet: bool) -> None:
+    """Put the path of the draft model, if one is asked for, in the place of its name."""
+    if "draft" in engine:
+        engine["draft"] = find_model(engine["draft"], offline=offline, quiet=quiet)
+
+
 def open_model(path: Path, engine: dict[str, Any], *, quiet: bool) -> Model:
     """Load a model; on a terminal the percentage is shown while it loads. Work that is done once is announced."""
     import edgelm
@@ -85,6 +91,11 @@ def statistics(usage: Usage) -> dict[str, Any]:
         "sample_s": usage.sample_s,
         "other_s": usage.other_s,
         "read_s": usage.read_s,
+        "passes": usage.passes,
+        "drafted_tokens": usage.drafted_tokens,
+        "accepted_tokens": usage.accepted_tokens,
+        "tokens_per_pass": usage.tokens_per_pass,
+        "bytes_per_token": usage.bytes_per_token,
     }
 
 
@@ -96,8 +107,18 @@ def statistics_text(usage: Usage) -> str:
         f"prompt {usage.prompt_tokens} tokens at {usage.prefill_tps:.1f} tok/s, first token after {usage.ttft_s:.2f} s"
         f"; answer {usage.completion_tokens} tokens at {_speed(usage)}\n"
         f"time: {_split(usage)}{_flash(usage)}\n"
+        f"{_guesses(usage)}"
         f"peak {human(usage.peak_bytes)} of {human(usage.budget_bytes)}, {human(usage.bytes_streamed)} streamed, "
         f"{usage.backend} backend" + (f", simulated {usage.simulated}" if usage.simulated else "")
+    )
+
+
+def _guesses(usage: Usage) -> str:
+    """Return a line on what was guessed, if anything was."""
+    if not usage.drafted_tokens:
+        return ""
+    return (
+        f"{usage.tokens_per_pass:.2f} tokens a pass: {usage.accepted_tokens} of {usage.drafted_tokens} guesses right\n"
     )
 
 

@@ -134,6 +134,22 @@ def sampling_options(command: F) -> F:
     )(command)
 
 
+def speculation_options(command: F) -> F:
+    """`--draft --no-speculate`: who guesses tokens."""
+    return _together(
+        click.option(
+            "--draft",
+            metavar="MODEL",
+            shell_complete=complete_model,
+            help="A smaller model of the same vocabulary that guesses tokens, within the same budget; worth it where "
+            "weights are read from flash.",
+        ),
+        click.option(
+            "--no-speculate", is_flag=True, help="Compute one token after the other, instead of verifying guesses."
+        ),
+    )(command)
+
+
 adaptive_option = click.option(
     "--adaptive", is_flag=True, help="Give memory back while the device is short of it; take it again afterwards."
 )
@@ -141,7 +157,7 @@ offline_option = click.option("--offline", is_flag=True, help="Fetch nothing: us
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
-_ENGINE = ("memory", "backend", "threads", "context", "simulate")
+_ENGINE = ("memory", "backend", "threads", "context", "simulate", "speculate", "draft")
 _SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
     "frequency_penalty", "seed",
@@ -150,7 +166,9 @@ _SAMPLING = (
 
 def engine_values(given: dict[str, Any]) -> dict[str, Any]:
     """Take the engine options out of `given`; those not given are left to the engine's defaults."""
-    return {key: value for key in _ENGINE if (value := given.pop(key)) is not None}
+    if given.pop("no_speculate", False):
+        given["speculate"] = False
+    return {key: value for key in _ENGINE if (value := given.pop(key, None)) is not None}
 
 
 def sampling_values(given: dict[str, Any]) -> dict[str, Any]:

@@ -6,20 +6,24 @@ from typing import Any
 
 import click
 
-from edgelm_apps.options import engine_options, engine_values, json_option, model_argument
+from edgelm_apps.options import engine_options, engine_values, json_option, model_argument, speculation_options
 
 
 @click.command()
 @model_argument()
 @json_option
 @engine_options
+@speculation_options
 def plan(model: str, as_json: bool, **given: Any) -> None:
     """Show what stays, what streams and how fast, without loading."""
     import edgelm
     from edgelm_apps.output import print_json
     from edgelm_models.pull import locate
 
-    made = edgelm.plan(locate(model), **engine_values(given))
+    engine = engine_values(given)
+    if "draft" in engine:
+        engine["draft"] = locate(engine["draft"])
+    made = edgelm.plan(locate(model), **engine)
     if as_json:
         print_json(made.as_dict())
     else:

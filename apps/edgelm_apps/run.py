@@ -19,6 +19,7 @@ from edgelm_apps.options import (
     quiet_option,
     sampling_options,
     sampling_values,
+    speculation_options,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 @quiet_option
 @offline_option
 @engine_options
+@speculation_options
 @adaptive_option
 @sampling_options
 def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool, adaptive: bool, **given: Any) -> int:
@@ -53,7 +55,7 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
 
     Text on stdin is joined to PROMPT after a blank line, or is the prompt if there is none.
     """
-    from edgelm_apps.engine import find_model, interruptible, open_model, start_lines
+    from edgelm_apps.engine import find_draft, find_model, interruptible, open_model, start_lines
     from edgelm_apps.output import Asides, note, print_json
 
     prompt = _prompt(given.pop("prompt"), given.pop("prompt_file"))
@@ -65,6 +67,7 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
     if given["raw"] and given["overflow"] is not None:
         raise click.UsageError("--overflow is about turns of a chat, and --raw has none: give one of them")
     path = find_model(model, offline=offline, quiet=quiet)
+    find_draft(engine, offline=offline, quiet=quiet)
     asides = Asides(quiet or as_json)
     if adaptive:
         engine["adaptive"] = asides.add
