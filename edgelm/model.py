@@ -5,7 +5,7 @@ One model serves many threads: calls queue. Everything of ids is in `engine`, of
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
 from functools import partial
 from types import TracebackType
@@ -30,6 +30,7 @@ from edgelm.usage import Chunk, Clock
 if TYPE_CHECKING:
     from edgelm.adaptive import Monitor
     from edgelm.chat import Chat, Overflow
+    from edgelm.structured import Forms
     from edgelm.text.template import ChatTemplate
 
 
@@ -42,6 +43,9 @@ class Options(TypedDict, total=False):
     timeout_s: float | None
     processors: Sequence[Processor]
     speculate: bool
+    json_schema: Mapping[str, Any] | bool
+    regex: str
+    grammar: str
     temperature: float
     top_k: int
     top_p: float
@@ -55,7 +59,8 @@ class Options(TypedDict, total=False):
     seed: int | None
 
 
-_OWN_OPTIONS = ("max_tokens", "stop", "ignore_eos", "timeout_s", "processors", "speculate")
+_FORMS = ("json_schema", "regex", "grammar")
+_OWN_OPTIONS = ("max_tokens", "stop", "ignore_eos", "timeout_s", "processors", "speculate", *_FORMS)
 
 
 class Model:
@@ -77,6 +82,8 @@ class Model:
         self._speculator = Speculator(opened.engine, draft) if opened.speculate else None
         self.turns = Turns(self._abort)
         self._template: ChatTemplate | None = None
+        self._forms: Forms | None = None
+        self._more_bytes = 0  # what was loaded later than the model, and is not in its plan's process
         self._meter = Meter()
         self.asked_bytes = opened.engine.plan.budget_bytes
         self._monitor: Monitor | None = None
@@ -145,11 +152,18 @@ class Model:
         if timeout_s is not None and timeout_s <= 0:
             raise ConfigError(f"timeout_s must be above 0 seconds, got {timeout_s}")
         sampler = make_sampler(_sampling(given), tuple(options.get("processors", ())))
+        form = None
+        if any(name in options for name in _FORMS):
+            from edgelm.structured import form_of
+
+            form = form_of(options.get("json_schema"), options.get("regex"), options.get("grammar"))
         matcher = StopMatcher([stop] if isinstance(stop, str) else stop)
         ids = encode()
         if not ids:
             raise ConfigError("the prompt is empty; give it at least one token")
-        ends = frozenset[int]() if options.get("ignore_eos") else self.tokenizer.eos_ids
+        ends = frozenset[int]() if options.get("ignore_eos") and form is None else self.tokenizer.eos_ids
+        if form is not None:
+            sampler = self._forms_here().constrain(sampler, form, len(ids))
         clock = Clock(self._engine, self._conversation.counts, self._meter, self.backend, len(ids))
         speculator = self._speculator if options.get("speculate", True) else None
         return self._run(turn, ids, sampler, matcher, max_tokens, ends, timeout_s, clock, speculator)
@@ -234,8 +248,22 @@ class Model:
         with self.turns.between():
             return self._go_over(min(budget_bytes, self.asked_bytes))
 
+    def _forms_here(self) -> Forms:
+        """Return what keeps answers to a form. The first time room is made for it; raises `BudgetTooSmall`."""
+        if self._forms is None:
+            from edgelm.structured import Forms
+
+            with self.turns.between():
+                more_bytes = self._more_bytes + Forms.memory_bytes(self.tokenizer)
+                plan, _ = self._replan(self.plan.budget_bytes, more_bytes)
+                self._engine.carry_out(plan)
+                self._more_bytes = more_bytes
+                trim()
+                self._forms = Forms(self.tokenizer, self._engine.n_vocab)
+        return self._forms
+
     def _go_over(self, budget_bytes: int) -> Plan:
-        plan, notes = self._replan(budget_bytes)
+        plan, notes = self._replan(budget_bytes, self._more_bytes)
         if self._draft is not None and not plan.demand.draft_bytes:
             self._drop_draft()
         self._engine.carry_out(plan)

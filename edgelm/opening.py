@@ -67,8 +67,11 @@ class Opened(NamedTuple):
     file: ModelFile
     tokenizer: Tokenizer
     engine: Running
-    replan: Callable[[int], tuple[Plan, tuple[str, ...]]]
-    """Another budget -> its plan, and the notes on it. Raises `BudgetTooSmall`; carries nothing out."""
+    replan: Callable[[int, int], tuple[Plan, tuple[str, ...]]]
+    """Another budget, and bytes that were not in memory when the model was loaded -> its plan, and the notes on it.
+
+    Raises `BudgetTooSmall`; carries nothing out.
+    """
     backend: str
     notes: tuple[str, ...]
     lost: tuple[str, ...]

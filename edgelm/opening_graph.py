@@ -60,8 +60,8 @@ def open_graph(path: Path, wishes: Wishes, progress: Callable[[int, int], None] 
         engine.close()
         raise
 
-    def replanned(budget_bytes: int) -> tuple[Plan, tuple[str, ...]]:
-        return engine.replan(budget_bytes), ()
+    def replanned(budget_bytes: int, more_bytes: int) -> tuple[Plan, tuple[str, ...]]:
+        return engine.replan(budget_bytes, more_bytes), ()
 
     return Opened(ready.file, ready.tokenizer, engine, replanned, ready.backend, ready.notes, (), wishes.speculate)
 

@@ -31,21 +31,26 @@ class Replanning:
     def __init__(self, prepared: Prepared, engine: Engine) -> None:
         self._prepared, self._engine = prepared, engine
 
-    def __call__(self, budget_bytes: int) -> tuple[Plan, tuple[str, ...]]:
+    def __call__(self, budget_bytes: int, more_bytes: int) -> tuple[Plan, tuple[str, ...]]:
+        """Return the plan, with `more_bytes` in memory that were not when the model was loaded, and notes on it."""
         if self._engine.pattern is None:
             self._prepared = _with_flash(self._prepared, self._engine)
         try:
-            plan = replan(self._prepared, self._engine, budget_bytes)
+            plan = replan(_with_more(self._prepared, more_bytes), self._engine, budget_bytes)
         except BudgetTooSmall:
             request = self._prepared.request
             if not request.draft_bytes:
                 raise
             without = self._prepared._replace(request=replace(request, draft_bytes=0))
-            plan = replan(without, self._engine, budget_bytes)
+            plan = replan(_with_more(without, more_bytes), self._engine, budget_bytes)
             self._prepared = without
             dropped = "the draft model was dropped: the budget holds only one; load the model again to have it back"
             return plan, (dropped, *concessions(plan, plan.context))
         return plan, concessions(plan, plan.context)
+
+
+def _with_more(prepared: Prepared, more_bytes: int) -> Prepared:
+    return prepared._replace(process_bytes=prepared.process_bytes + more_bytes)
 
 
 def _with_flash(prepared: Prepared, engine: Engine) -> Prepared:

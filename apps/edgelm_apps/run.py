@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -48,6 +49,16 @@ if TYPE_CHECKING:
 @speculation_options
 @adaptive_option
 @sampling_options
+@click.option(
+    "--json-schema", type=click.File("rb"), metavar="FILE", help="Answer with JSON that is valid against this schema."
+)
+@click.option("--regex", metavar="PATTERN", help="Answer with text that matches the whole PATTERN.")
+@click.option(
+    "--grammar",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="Answer with text of this grammar: Lark's notation or GBNF.",
+)
 def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool, adaptive: bool, **given: Any) -> int:
     """Answer one prompt.
 
@@ -60,6 +71,7 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
 
     prompt = _prompt(given.pop("prompt"), given.pop("prompt_file"))
     engine, sampling = engine_values(given), sampling_values(given)
+    sampling |= _form(given.pop("json_schema"), given.pop("regex"), given.pop("grammar"))
     if given.pop("ignore_eos"):
         sampling["ignore_eos"] = True
     if given["raw"] and given["system"] is not None:
@@ -100,6 +112,21 @@ def _prompt(prompt: str | None, file: Any) -> str:
     if not parts:
         raise click.UsageError("there is no prompt: give PROMPT, pipe text into stdin, or use --prompt-file")
     return "\n\n".join(parts)
+
+
+def _form(schema: Any, regex: str | None, grammar: Any) -> dict[str, Any]:
+    """Return the options that give an answer its form."""
+    form: dict[str, Any] = {}
+    if schema is not None:
+        try:
+            form["json_schema"] = json.loads(decoded(schema.read(), schema.name))
+        except ValueError as error:
+            raise click.UsageError(f"{schema.name} is not JSON: {error}") from error
+    if regex is not None:
+        form["regex"] = regex
+    if grammar is not None:
+        form["grammar"] = decoded(grammar.read(), grammar.name)
+    return form
 
 
 def decoded(data: bytes, where: str) -> str:

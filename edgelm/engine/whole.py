@@ -109,6 +109,7 @@ class WholeEngine:
     ) -> None:
         """Take over the session. `load` must be called before the first pass."""
         self.plan, self.n_threads, self.max_outputs = plan, n_threads, max_outputs
+        self._loaded = plan
         self.times = Times()
         self.n_vocab, self.bytes_streamed = model.n_vocab, 0
         self._model, self._session = model, session
@@ -249,11 +250,20 @@ class WholeEngine:
         """Go over to a plan of another budget: nothing moves, all of it stays resident."""
         self.plan = plan
 
-    def replan(self, budget_bytes: int) -> Plan:
-        """Return the plan of another budget. Raises `BudgetTooSmall` if what is loaded does not fit in it."""
-        if budget_bytes < self.plan.planned_bytes:
-            raise too_small(self.plan, budget_bytes)
-        return replace(self.plan, budget_bytes=budget_bytes)
+    def replan(self, budget_bytes: int, more_bytes: int = 0) -> Plan:
+        """Return the plan of another budget, with `more_bytes` in memory that were not when the model was loaded.
+
+        Raises `BudgetTooSmall` if what is loaded does not fit in it.
+        """
+        demand = self._loaded.demand
+        plan = replace(
+            self._loaded,
+            budget_bytes=max(budget_bytes, self._loaded.planned_bytes + more_bytes),
+            demand=demand._replace(process_bytes=demand.process_bytes + more_bytes),
+        )
+        if budget_bytes < plan.planned_bytes:
+            raise too_small(plan, budget_bytes)
+        return replace(plan, budget_bytes=budget_bytes)
 
     def close(self) -> None:
         """Give all memory back. Safe to call twice."""
