@@ -12,9 +12,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from edgelm.engine.generate import Conversation, FinishReason, token_ids
+from edgelm.engine.logprobs import MOST as MOST_LOGPROBS
+from edgelm.engine.logprobs import Watched, scored
 from edgelm.engine.sampling import Processor, Sampler, Sampling, make_sampler
 from edgelm.engine.speculation.speculator import Speculator
-from edgelm.errors import Cancelled, ConfigError
+from edgelm.errors import Cancelled, ConfigError, ContextOverflow
 from edgelm.files.model import ModelFile
 from edgelm.memory.meter import Meter
 from edgelm.memory.plan import Plan
@@ -25,7 +27,7 @@ from edgelm.sizes import parse_size
 from edgelm.text.stops import StopMatcher
 from edgelm.text.tokenizer import Tokenizer
 from edgelm.turns import Turn, Turns
-from edgelm.usage import Chunk, Clock
+from edgelm.usage import Chunk, Clock, Score
 
 if TYPE_CHECKING:
     from edgelm.adaptive import Monitor
@@ -43,6 +45,7 @@ class Options(TypedDict, total=False):
     timeout_s: float | None
     processors: Sequence[Processor]
     speculate: bool
+    logprobs: int | None
     json_schema: Mapping[str, Any] | bool
     regex: str
     grammar: str
@@ -55,12 +58,36 @@ class Options(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     penalty_last_n: int
+    dry_multiplier: float
+    dry_base: float
+    dry_allowed_length: int
+    dry_penalty_last_n: int
+    dry_breakers: Iterable[str]
+    top_n_sigma: float
+    xtc_probability: float
+    xtc_threshold: float
+    dynatemp_range: float
+    dynatemp_exponent: float
+    mirostat_tau: float
+    mirostat_eta: float
     logit_bias: dict[int, float]
     seed: int | None
 
 
+DRY_BREAKERS = ("\n", ":", '"', "*")
+"""Texts that end a repetition, unless others are given: those of llama.cpp."""
 _FORMS = ("json_schema", "regex", "grammar")
-_OWN_OPTIONS = ("max_tokens", "stop", "ignore_eos", "timeout_s", "processors", "speculate", *_FORMS)
+_OWN_OPTIONS = (
+    "max_tokens",
+    "stop",
+    "ignore_eos",
+    "timeout_s",
+    "processors",
+    "speculate",
+    "logprobs",
+    "dry_breakers",
+    *_FORMS,
+)
 
 
 class Model:
@@ -151,6 +178,11 @@ class Model:
             raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
         if timeout_s is not None and timeout_s <= 0:
             raise ConfigError(f"timeout_s must be above 0 seconds, got {timeout_s}")
+        n_top = options.get("logprobs")
+        if n_top is not None and not 0 <= n_top <= MOST_LOGPROBS:
+            raise ConfigError(f"logprobs must be between 0 and {MOST_LOGPROBS} alternatives, got {n_top}")
+        if given.get("dry_multiplier"):
+            given["dry_breakers"] = self.tokenizer.containing(frozenset(options.get("dry_breakers", DRY_BREAKERS)))
         sampler = make_sampler(_sampling(given), tuple(options.get("processors", ())))
         form = None
         if any(name in options for name in _FORMS):
@@ -164,6 +196,8 @@ class Model:
         ends = frozenset[int]() if options.get("ignore_eos") and form is None else self.tokenizer.eos_ids
         if form is not None:
             sampler = self._forms_here().constrain(sampler, form, len(ids))
+        if n_top is not None:
+            sampler = Watched(sampler, n_top)
         clock = Clock(self._engine, self._conversation.counts, self._meter, self.backend, len(ids))
         speculator = self._speculator if options.get("speculate", True) else None
         return self._run(turn, ids, sampler, matcher, max_tokens, ends, timeout_s, clock, speculator)
@@ -199,13 +233,38 @@ class Model:
                     text = matcher.feed(decoder.feed(token))
                     if matcher.stopped is not None:
                         reason = "stop"
-                    chunk = Chunk(text, token, None, clock.usage())
+                    noted = sampler.noted.popleft() if isinstance(sampler, Watched) else None
+                    chunk = Chunk(text, token, None, clock.usage(), noted)
                     with self.turns.pause(turn):
                         yield chunk
         except Cancelled:
             reason = turn.stopped or "cancelled"
         rest = matcher.feed(decoder.flush()) + matcher.flush()
         yield Chunk(rest, None, reason, clock.usage(final=True))
+
+    def score(self, text: str, continuation: str = "") -> Score:
+        """Return how likely the model finds `continuation` after `text`; without one, `text` after its beginning.
+
+        Each token's log-probability is given all before it; the first token of a text has none, unless the file puts
+        a beginning before it. Raises `ContextOverflow` with both numbers.
+        """
+        given = self.tokenizer.encode(text)
+        ids = [*given, *self.tokenizer.encode(continuation, add_bos=False)]
+        return self.score_ids(ids, len(given) if continuation else 1)
+
+    def score_ids(self, ids: Sequence[int], n_given: int = 1) -> Score:
+        """Return the log-probabilities of `ids[n_given:]`; see `score`."""
+        if not 1 <= n_given < len(ids):
+            raise ConfigError(f"{n_given} of {len(ids)} tokens are given: give at least one before and one to score")
+        if len(ids) > self.plan.context:
+            raise ContextOverflow(len(ids), self.plan.context)
+        turn = self.turns.ask()
+        with self.turns.held(turn, None):
+            values = []
+            for value in scored(self._conversation, ids, n_given):
+                values.append(value)
+                self.turns.breathe(turn)
+        return Score(tuple(ids[n_given:]), tuple(values))
 
     async def astream(self, prompt: str, **options: Unpack[Options]) -> AsyncGenerator[Chunk, None]:
         """Like `stream`, for asyncio: computes in a thread; leaving the loop or cancelling the task stops it."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from edgelm.engine.generate import FinishReason
+    from edgelm.engine.logprobs import LogProbs
     from edgelm.engine.running import Running
     from edgelm.engine.speculation.speculator import Counts
     from edgelm.memory.meter import Meter
@@ -75,6 +77,24 @@ class Chunk:
     token_id: int | None
     finish_reason: FinishReason | None
     usage: Usage
+    logprobs: LogProbs | None = None
+    """If asked for: the model's log-probability of the token, and of the likeliest alternatives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a model finds a text: the natural logarithm of each token's probability."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        return math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(-self.total / len(self.logprobs))
 
 
 SAMPLE_S = 0.02

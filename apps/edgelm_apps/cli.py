@@ -20,6 +20,7 @@ COMMANDS = {
     "profile": "edgelm_apps.profile:profile",
     "bench": "edgelm_apps.bench:bench",
     "verify": "edgelm_apps.verify:verify",
+    "score": "edgelm_apps.score:score",
     "pull": "edgelm_apps.models:pull",
     "list": "edgelm_apps.models:list_models",
     "show": "edgelm_apps.show:show",

@@ -124,6 +124,20 @@ def sampling_options(command: F) -> F:
             metavar="ID=BIAS",
             help="Add BIAS to the logit of token ID. Repeatable.",
         ),
+        click.option(
+            "--dry-multiplier",
+            type=float,
+            help="Subtract this and more from tokens that repeat a passage; 0 is off.",
+        ),
+        click.option("--dry-base", type=float, help="How fast that grows with the passage. [default: 1.75]"),
+        click.option("--dry-allowed-length", type=int, help="Tokens that may be repeated freely. [default: 2]"),
+        click.option("--top-n-sigma", type=float, help="Drop tokens N deviations below the best; 0 is off."),
+        click.option("--xtc-probability", type=float, help="How often to exclude the top choices; 0 is off."),
+        click.option("--xtc-threshold", type=float, help="What makes a token a top choice. [default: 0.1]"),
+        click.option("--dynatemp-range", type=float, help="How far the temperature follows the entropy; 0 is off."),
+        click.option("--dynatemp-exponent", type=float, help="How it does so. [default: 1]"),
+        click.option("--mirostat-tau", type=float, help="Keep the surprise at so many bits (mirostat 2.0); 0 is off."),
+        click.option("--mirostat-eta", type=float, help="How fast that is learned. [default: 0.1]"),
         click.option("--seed", type=int, help="Makes sampling repeatable."),
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT. Repeatable."),
         click.option(
@@ -160,7 +174,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 _ENGINE = ("memory", "backend", "threads", "context", "simulate", "speculate", "draft")
 _SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
-    "frequency_penalty", "seed",
+    "frequency_penalty", "dry_multiplier", "dry_base", "dry_allowed_length", "top_n_sigma", "xtc_probability",
+    "xtc_threshold", "dynatemp_range", "dynatemp_exponent", "mirostat_tau", "mirostat_eta", "seed",
 )  # fmt: skip
 
 

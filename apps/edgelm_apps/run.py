@@ -50,6 +50,12 @@ if TYPE_CHECKING:
 @adaptive_option
 @sampling_options
 @click.option(
+    "--logprobs",
+    type=click.IntRange(0, 20),
+    metavar="N",
+    help="With --json: each token's log-probability, and those of the N likeliest.",
+)
+@click.option(
     "--json-schema", type=click.File("rb"), metavar="FILE", help="Answer with JSON that is valid against this schema."
 )
 @click.option("--regex", metavar="PATTERN", help="Answer with text that matches the whole PATTERN.")
@@ -72,6 +78,10 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
     prompt = _prompt(given.pop("prompt"), given.pop("prompt_file"))
     engine, sampling = engine_values(given), sampling_values(given)
     sampling |= _form(given.pop("json_schema"), given.pop("regex"), given.pop("grammar"))
+    if (logprobs := given.pop("logprobs")) is not None:
+        if not as_json:
+            raise click.UsageError("--logprobs are shown with --json: add it")
+        sampling["logprobs"] = logprobs
     if given.pop("ignore_eos"):
         sampling["ignore_eos"] = True
     if given["raw"] and given["system"] is not None:
@@ -93,7 +103,7 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
         if show_prompt and not as_json:
             click.echo(rendered, err=True)
         with interruptible(loaded), closing(chunks):
-            result = _collect(chunks, _say_nothing if as_json else _say)
+            result = _collect(chunks, _say_nothing if as_json else _say, loaded)
         asides.show()
         if as_json:
             print_json(result | {"prompt": rendered} if show_prompt else result)
@@ -148,16 +158,19 @@ def _answer(
     return chat.render(prompt), ask(chat, prompt, sampling)
 
 
-def _collect(chunks: Generator[Chunk, None, None], say: Callable[[str], None]) -> dict[str, Any]:
+def _collect(chunks: Generator[Chunk, None, None], say: Callable[[str], None], model: Model) -> dict[str, Any]:
     from edgelm_apps.engine import statistics
 
     texts: list[str] = []
     token_ids: list[int] = []
+    logprobs: list[dict[str, Any]] = []
     last: Chunk | None = None
     for last in chunks:
         texts.append(last.text)
         if last.token_id is not None:
             token_ids.append(last.token_id)
+        if last.logprobs is not None:
+            logprobs.append(_logprobs(last, model))
         say(last.text)
     say("\n")
     assert last is not None, "a stream ends with a chunk that says why"
@@ -171,7 +184,17 @@ def _collect(chunks: Generator[Chunk, None, None], say: Callable[[str], None]) -
         "budget_bytes": last.usage.budget_bytes,
         "simulated": last.usage.simulated,
         "stats": statistics(last.usage),
-    }
+    } | ({"logprobs": logprobs} if logprobs else {})
+
+
+def _logprobs(chunk: Chunk, model: Model) -> dict[str, Any]:
+    assert chunk.logprobs is not None
+    assert chunk.token_id is not None
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        return {"token_id": token, "token": model.tokenizer.decode([token], special=True), "logprob": logprob}
+
+    return one(chunk.token_id, chunk.logprobs.logprob) | {"top": [one(*other) for other in chunk.logprobs.top]}
 
 
 def _say(text: str) -> None:

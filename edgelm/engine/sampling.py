@@ -1,7 +1,7 @@
 """From one row of logits to one token id. Knows nothing of models, text or how the logits came about.
 
 A sampler is a plain callable made by `make_sampler`. The steps and their order are those of llama.cpp's
-default chain: logit bias, penalties, top-k, typical, top-p, min-p, temperature, draw.
+default chain: logit bias, penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p, XTC, temperature, draw.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgelm.engine.largest import BLOCK, largest
+from edgelm.engine.sampling_steps import Mirostat, dry_penalties, dynamic_temperature, within_sigma, without_top_choices
 from edgelm.errors import ConfigError, EdgeLMError
 
 Logits = npt.NDArray[np.float32]
@@ -21,6 +22,10 @@ Ids = npt.NDArray[np.int64]
 Processor = Callable[[Sequence[int], Logits], Logits]
 """(history, logits) -> logits of the same shape; it may write to the array it is given."""
 Sampler = Callable[[Logits, Sequence[int]], int]
+
+
+LEAST_TEMPERATURE = 1e-3
+"""Dynamic temperatures below this take the likeliest token, near enough."""
 
 
 class BadLogits(EdgeLMError):
@@ -33,6 +38,12 @@ class Sampling:
 
     `top_k` 0, `top_p` 1, `min_p` 0, `typical_p` 1, `repeat_penalty` 1 and the two other penalties 0 switch
     a step off. Penalties look at the last `penalty_last_n` tokens of prompt and answer (-1: at all of them).
+    DRY subtracts `dry_multiplier * dry_base ** (n - dry_allowed_length)` from a token that would repeat more than
+    `dry_allowed_length` tokens of the last `dry_penalty_last_n`; ids of `dry_breakers` end a repetition. `top_n_sigma`
+    keeps what is at most so many standard deviations below the best. XTC excludes, with `xtc_probability`, all but the
+    least likely of the tokens above `xtc_threshold`. `dynatemp_range` lets the temperature follow the entropy. With a
+    `mirostat_tau`, mirostat 2.0 takes the place of every truncation. Multiplier, sigma, probability, range and tau of 0
+    switch a step off.
     `seed` None draws differently each time. Raises `ConfigError` for a value that cannot work.
     """
 
@@ -45,6 +56,18 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     penalty_last_n: int = 64
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_breakers: frozenset[int] = frozenset()
+    top_n_sigma: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    mirostat_tau: float = 0.0
+    mirostat_eta: float = 0.1
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     seed: int | None = None
 
@@ -56,6 +79,17 @@ class Sampling:
         _check("repeat_penalty", self.repeat_penalty, 0.0, math.inf)
         _check("presence_penalty", self.presence_penalty, -math.inf, math.inf)
         _check("frequency_penalty", self.frequency_penalty, -math.inf, math.inf)
+        _check("dry_multiplier", self.dry_multiplier, 0.0, math.inf)
+        _check("dry_base", self.dry_base, 1.0, math.inf)
+        _check("top_n_sigma", self.top_n_sigma, 0.0, math.inf)
+        _check("xtc_probability", self.xtc_probability, 0.0, 1.0)
+        _check("xtc_threshold", self.xtc_threshold, 0.0, 1.0)
+        _check("dynatemp_range", self.dynatemp_range, 0.0, math.inf)
+        _check("dynatemp_exponent", self.dynatemp_exponent, 0.0, math.inf)
+        _check("mirostat_tau", self.mirostat_tau, 0.0, math.inf)
+        _check("mirostat_eta", self.mirostat_eta, 0.0, 1.0)
+        _check_int("dry_allowed_length", self.dry_allowed_length, 1)
+        _check_int("dry_penalty_last_n", self.dry_penalty_last_n, -1)
         _check_int("top_k", self.top_k, 0)
         _check_int("penalty_last_n", self.penalty_last_n, -1)
         if self.seed is not None:
@@ -109,21 +143,29 @@ def make_sampler(sampling: Sampling | None = None, processors: Sequence[Processo
     import random  # not NumPy's, whose loading would cost megabytes of the budget; and greedy needs neither
 
     rng = random.Random(sampling.seed)
+    mirostat = Mirostat(sampling.mirostat_tau, sampling.mirostat_eta) if sampling.mirostat_tau else None
 
     def draw(logits: Logits, history: Sequence[int]) -> int:
         logits = _processed(logits, history, sampling, processors)
         _, highest = _best(logits)
         if highest == math.inf:
             raise BadLogits("a logit is infinite, so no probability can be computed; check the logits processors")
+        if mirostat is not None:
+            return mirostat.draw(logits / np.float32(_temperature(logits, sampling)), rng.random())
         ids, kept = _truncated(logits, highest, sampling)
-        chosen = _draw(kept, highest, sampling.temperature, rng.random())
+        if sampling.xtc_probability and rng.random() < sampling.xtc_probability:
+            left = without_top_choices(kept, sampling.xtc_threshold)
+            if left is not None:
+                ids, kept = (left if ids is None else ids[left]), kept[left]
+                highest = float(kept.max())
+        chosen = _draw(kept, highest, _temperature(kept, sampling), rng.random())
         return chosen if ids is None else int(ids[chosen])
 
     return draw
 
 
 def _processed(logits: Logits, history: Sequence[int], sampling: Sampling, processors: tuple[Processor, ...]) -> Logits:
-    if (sampling.logit_bias or sampling.penalizes) and not logits.flags.writeable:
+    if (sampling.logit_bias or sampling.penalizes or sampling.dry_multiplier) and not logits.flags.writeable:
         logits = logits.copy()
     for token, bias in sampling.logit_bias.items():
         if token >= len(logits):
@@ -131,11 +173,26 @@ def _processed(logits: Logits, history: Sequence[int], sampling: Sampling, proce
         logits[token] += bias
     if sampling.penalizes:
         _penalize(logits, history, sampling)
+    if sampling.dry_multiplier:
+        last = sampling.dry_penalty_last_n
+        penalties = dry_penalties(
+            history if last < 0 else history[len(history) - min(last, len(history)) :], sampling.dry_multiplier,
+            sampling.dry_base, sampling.dry_allowed_length, sampling.dry_breakers,
+        )  # fmt: skip
+        for token, penalty in penalties.items():
+            logits[token] -= penalty
     for processor in processors:
         n_vocab, logits = len(logits), processor(history, logits)
         if not isinstance(logits, np.ndarray) or logits.shape != (n_vocab,):
             raise ConfigError(f"a logits processor must return an array of shape ({n_vocab},)")
     return logits
+
+
+def _temperature(logits: Logits, sampling: Sampling) -> float:
+    if not sampling.dynatemp_range:
+        return sampling.temperature
+    spread, exponent = sampling.dynatemp_range, sampling.dynatemp_exponent
+    return max(dynamic_temperature(logits, sampling.temperature, spread, exponent), LEAST_TEMPERATURE)
 
 
 def _penalize(logits: Logits, history: Sequence[int], sampling: Sampling) -> None:
@@ -163,9 +220,12 @@ def _truncated(logits: Logits, highest: float, sampling: Sampling) -> tuple[Ids 
     """Return the ids that may be drawn (None: all of them, in order) and their logits."""
     ids: Ids | None = None
     kept = logits
-    if 0 < sampling.top_k < len(kept):
-        ids = largest(kept, sampling.top_k)
+    if sampling.top_n_sigma:
+        ids = within_sigma(kept, sampling.top_n_sigma)
         kept = kept[ids]
+    if 0 < sampling.top_k < len(kept):
+        chosen = largest(kept, sampling.top_k)
+        ids, kept = (chosen if ids is None else ids[chosen]), kept[chosen]
     if sampling.typical_p < 1:
         chosen = _typical(kept, highest, sampling.typical_p)
         ids, kept = (chosen if ids is None else ids[chosen]), kept[chosen]

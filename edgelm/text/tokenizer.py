@@ -65,6 +65,7 @@ class Tokenizer:
         self._prefix_once = meta.get("space_prefix") == "first"
         self._specials = SpecialTexts(tables)
         self._encoder = _encoder_for(tables)
+        self._containing: dict[frozenset[str], frozenset[int]] = {}
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -151,6 +152,16 @@ class Tokenizer:
         without = 0 if user_defined else USER_DEFINED
         found = self._specials.occurring(_well_formed(text).encode(), without=without)
         return [self._tables.text(token).decode("utf-8", "replace") for token in found]
+
+    def containing(self, texts: frozenset[str]) -> frozenset[int]:
+        """Return the ids of tokens that contain any of `texts`. Looks through the vocabulary, once for each set."""
+        if texts not in self._containing:
+            wanted = [text.encode() for text in texts]
+            pieces = ((token, self.token_bytes(token)) for token in range(self.n_vocab))
+            self._containing[texts] = frozenset(
+                token for token, piece in pieces if any(text in piece for text in wanted)
+            )
+        return self._containing[texts]
 
     def find(self, text: str) -> int | None:
         """Return the id of the token spelled `text`, or None."""
