@@ -80,7 +80,7 @@ class Spilled:
         n_threads: int,
         rest: Callable[[], None] | None = None,
     ) -> None:
-        """Take over `cache`. `specs`: the attention of its layers; `n_rows`: of the widest pass; `rest`: of `Resting`."""
+        """Take over `cache`. `specs`: the attention of its layers; `n_rows`: of the widest pass; `rest`: `Resting`."""
         self.cache, self.rest = cache, rest or (lambda: None)
         self.layers = frozenset(layer for layer, _ in cache.shape.layers)
         self._lanes, self._blas, self._turn = Lanes(n_threads), BlasThreads(), threading.Lock()
