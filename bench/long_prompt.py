@@ -23,13 +23,17 @@ from edgelm_apps import limited
 CONTEXT, N_PROMPT, N_TOKENS = 8192, 8000, 160
 SHARE = 4
 PASSES = 5
+SLACK = 500_000
+"""What processes differ by."""
 
 
 def child(spec: dict[str, Any]) -> dict[str, Any]:
-    """Answer within one budget; `memory` None is the smallest that holds a quarter of the cache, found only."""
+    """Answer within one budget, or find out about budgets without answering (`find`)."""
     options = {key: spec[key] for key in ("context", "threads", "backend")}
-    if spec["memory"] is None:
-        return {"budget_bytes": quarter(spec["model"], options)}
+    if spec.get("find") == "floor":
+        return {"bytes": floor(spec["model"], options)}
+    if spec.get("find") == "excess":
+        return {"bytes": excess_bytes(spec["model"], spec["memory"], options)}
     with edgelm.load(spec["model"], memory=spec["memory"], speculate=False, **options) as model:
         ids = model.tokenizer.encode(spec["prompt"])
         margins: list[float] = []
@@ -57,18 +61,22 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def quarter(model: str, options: dict[str, Any]) -> int:
-    """Return the smallest budget whose plan keeps all weights and a quarter of the context's keys and values."""
+def floor(model: str, options: dict[str, Any]) -> int:
+    """Return the smallest budget that holds all keys and values."""
     try:
         edgelm.plan(model, memory=1, spill=False, **options)
     except BudgetTooSmall as error:
-        most = error.needed_bytes - 1
-    plan = edgelm.plan(model, memory=most, **options)
+        return error.needed_bytes
+    raise AssertionError("a budget of one byte was enough")
+
+
+def excess_bytes(model: str, memory: int, options: dict[str, Any]) -> int:
+    """Return by how much the budget is more than a plan with just a quarter of the keys and values needs."""
+    plan = edgelm.plan(model, memory=memory, **options)
     spill = plan.demand.spill
     assert spill is not None
     assert not plan.streamed, "weights stream where the whole cache just does not fit: no budget has a quarter only"
-    wanted = CONTEXT // SHARE // PLACES
-    return plan.planned_bytes - (spill.n_blocks - wanted) * spill.step_bytes
+    return memory - plan.planned_bytes + (spill.n_blocks - CONTEXT // SHARE // PLACES) * spill.step_bytes
 
 
 def flash_alone_tps(engine: Any) -> float | None:
@@ -101,10 +109,13 @@ def measure(report: common.Report, model: Path, threads: int, backend: str) -> N
     spec["prompt"] = common.text_of(model, N_PROMPT)
     argv = [sys.executable, str(Path(__file__).resolve())]
 
-    def run(memory: int | None) -> list[str]:
-        return [*argv, json.dumps({**spec, "memory": memory})]
+    def run(memory: int, **more: str) -> list[str]:
+        return [*argv, json.dumps({**spec, **more, "memory": memory})]
 
-    budget = common.run(run(None)).json()["budget_bytes"]
+    budget = int(common.run(run(0, find="floor")).json()["bytes"]) - 1
+    for _ in range(3):  # children differ by a few hundred kilobytes
+        excess = int(common.run(run(budget, find="excess")).json()["bytes"])
+        budget -= excess - SLACK
     roomy = common.run(run(4_000_000_000)).json()
     finished = common.run(run(budget))
     small = finished.json()
