@@ -124,6 +124,7 @@ def load(
     simulate: str | None = None,
     speculate: bool = True,
     draft: str | PathLike[str] | None = None,
+    spill: bool = True,
     adaptive: bool | Callable[[str], None] = False,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
@@ -140,6 +141,8 @@ def load(
     Tokens are guessed and verified several at a time where that is faster, with the same result; `speculate=False`
     computes one after the other. `draft` is a smaller model of the same vocabulary that does the guessing, resident
     within the same budget; a low-bit copy of the model itself is one.
+    Where a `context` that was asked for fits in no other way, the oldest keys and values go to flash, in the cache
+    folder, and are read back for every token: the answer is the same; `spill=False` raises `BudgetTooSmall` instead.
     `simulate` names one of `devices()`: reading weights is slowed down to that device's flash, and its budget and
     threads stand in for those not given; the processor stays this machine's own.
 
@@ -151,7 +154,7 @@ def load(
     from edgelm.opening import open_engine
 
     drafted_by = None if draft is None else fspath(draft)
-    wishes = Wishes(memory, backend, threads, context, simulate, speculate=speculate, draft=drafted_by)
+    wishes = Wishes(memory, backend, threads, context, simulate, speculate=speculate, draft=drafted_by, spill=spill)
     return Model(open_engine(path, wishes, progress, notice), adaptive)
 
 

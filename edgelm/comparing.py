@@ -24,6 +24,7 @@ def candidates(
     threads: int | None = None,
     context: int | None = None,
     simulate: str | None = None,
+    spill: bool = True,
     recheck: bool = False,
 ) -> tuple[Candidate, ...]:
     """Return every registered backend with what it would do with this model, the one that `load` takes first.
@@ -37,7 +38,7 @@ def candidates(
         return graph_candidates(Path(path), Wishes(memory, threads=threads, context=context, simulate=simulate))
     device = device_of(simulate, threads)
     budget_bytes, _ = budget_of(memory, device)
-    wishes = Wishes(memory, threads=threads, context=context, simulate=simulate)
+    wishes = Wishes(memory, threads=threads, context=context, simulate=simulate, spill=spill)
     asked = Asked(os.fspath(path), budget_bytes, threads_of(threads, device), wishes)
     return consider(open_path(path), asked, fresh=recheck)
 

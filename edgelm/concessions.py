@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgelm.cachedir import cache_dir
 from edgelm.engine.demand import CHUNKS
 from edgelm.files.model import ModelFile
 from edgelm.memory.plan import Plan
@@ -17,6 +18,13 @@ def concessions(plan: Plan, wanted: int) -> tuple[str, ...]:
     chunk = (plan.prompts or plan).chunk
     if chunk < min(CHUNKS[0], plan.context):
         notes.append(f"prompts are read in passes of {chunk} tokens instead of {CHUNKS[0]}")
+    spill = plan.demand.spill
+    if spill is not None and spill.file_bytes:
+        notes.append(
+            f"the newest {spill.resident} tokens' keys and values stay in memory; older ones, up to "
+            f"{human(spill.file_bytes)}, are written to {cache_dir()} (a file that vanishes at the end; writing wears "
+            "flash) and read back for every token"
+        )
     if plan.streamed:
         notes.append(f"{human(plan.streamed_bytes)} of {human(plan.pass_bytes)} weights are read from flash each pass")
     return tuple(notes)

@@ -26,7 +26,7 @@ class Draft(NamedTuple):
     def build(self) -> Engine:
         """Read the weights. The engine owns the session and the store from here."""
         sources, loader = self.part.sources()
-        engine = build(self.prepared, *sources)
+        engine = build(self.prepared, *sources[:2])
         if loader is not self.part.store:
             loader.close()
         return engine

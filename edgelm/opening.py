@@ -124,7 +124,8 @@ class Part(NamedTuple):
         """Return where weights are read from, checked, and what must be closed when they are loaded."""
         file = self.phase.file
         loader = derived_loader([str(part) for part in file.paths], self.store, file)
-        return Sources(verified(self.store, file), verified(loader, file, again=self.store)), loader
+        beside = self.store.beside if isinstance(self.store, ThrottledStore) else None
+        return Sources(verified(self.store, file), verified(loader, file, again=self.store), beside), loader
 
     def close(self) -> None:
         self.phase.session.close()
@@ -178,10 +179,11 @@ def plan(
     simulate: str | None = None,
     speculate: bool = True,
     draft: str | PathLike[str] | None = None,
+    spill: bool = True,
 ) -> Plan:
     """Return the plan that `load` would carry out, without reading weights. Raises what `load` raises."""
     wishes = Wishes(
-        memory, backend, threads, context, simulate, 1, speculate, None if draft is None else os.fspath(draft)
+        memory, backend, threads, context, simulate, 1, speculate, None if draft is None else os.fspath(draft), spill
     )
     if is_genai_folder(path):
         from edgelm.opening_graph import graph_plan
@@ -256,7 +258,8 @@ def _with_backend(
     host: _Host,
 ) -> Ready:
     wishes = asked.wishes
-    request = Request(asked.budget_bytes, wishes.context, asked.n_threads, wishes.max_outputs, wishes.speculate)
+    how = (wishes.max_outputs, wishes.speculate)
+    request = Request(asked.budget_bytes, wishes.context, asked.n_threads, *how, spill=wishes.spill)
     prompts, answers = split_name(name)
     parts: list[Part] = []
     try:

@@ -28,6 +28,8 @@ class Usage:
     Beside them, `read_s` is the time in which at least one read was under way.
     Of the answer's `passes`, which the prompt's are not among, `drafted_tokens` were guessed and verified, and
     `accepted_tokens` of them were right.
+    `kv_bytes_spilled` and `kv_bytes_read`: what this generation wrote to flash of keys and values that do not fit in
+    memory, and read back.
     `simulated` names the device whose flash, threads and budget were simulated, if any.
     """
 
@@ -52,6 +54,8 @@ class Usage:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     simulated: str | None = None
+    kv_bytes_spilled: int = 0
+    kv_bytes_read: int = 0
 
     @property
     def tokens_per_pass(self) -> float:
@@ -112,6 +116,7 @@ class Clock:
         self._prefill_began = self._began
         self._prefill_s = self._first = self._last = 0.0
         self._streamed, self._before_s = engine.bytes_streamed, engine.times.sums_s()
+        self._kv = engine.kv_traffic
         self._memory, self._sampled = meter.sample(), self._began
         self._plan, self._predicted_tps = engine.plan, engine.plan.predicted_decode_tps
 
@@ -120,6 +125,7 @@ class Clock:
         self._counted = replace(self._counts)
         self._prefill_began = time.perf_counter()
         self._streamed, self._before_s = self._engine.bytes_streamed, self._engine.times.sums_s()
+        self._kv = self._engine.kv_traffic
 
     def prefilled(self, computed: int) -> None:
         """The prompt is in the cache; `computed` of its tokens had to be computed."""
@@ -140,7 +146,7 @@ class Clock:
             self._memory, self._sampled = self._meter.sample(), now
         if plan is not self._plan:
             self._plan, self._predicted_tps = plan, plan.predicted_decode_tps
-        memory = self._memory
+        memory, kv = self._memory, self._engine.kv_traffic
         decode_s = self._last - self._first
         sums_s = self._engine.times.sums_s()
         counts, before = self._counts, self._counted
@@ -166,4 +172,6 @@ class Clock:
             drafted_tokens=counts.drafted - before.drafted,
             accepted_tokens=counts.accepted - before.accepted,
             simulated=plan.simulated,
+            kv_bytes_spilled=kv.written_bytes - self._kv.written_bytes,
+            kv_bytes_read=kv.read_bytes - self._kv.read_bytes,
         )

@@ -84,6 +84,8 @@ def statistics(usage: Usage) -> dict[str, Any]:
         "decode_tps": usage.decode_tps,
         "peak_bytes": usage.peak_bytes,
         "bytes_streamed": usage.bytes_streamed,
+        "kv_bytes_spilled": usage.kv_bytes_spilled,
+        "kv_bytes_read": usage.kv_bytes_read,
         "predicted_decode_tps": usage.predicted_decode_tps,
         "elapsed_s": usage.elapsed_s,
         "compute_s": usage.compute_s,
@@ -109,7 +111,9 @@ def statistics_text(usage: Usage) -> str:
         f"time: {_split(usage)}{_flash(usage)}\n"
         f"{_guesses(usage)}"
         f"peak {human(usage.peak_bytes)} of {human(usage.budget_bytes)}, {human(usage.bytes_streamed)} streamed, "
-        f"{usage.backend} backend" + (f", simulated {usage.simulated}" if usage.simulated else "")
+        + (f"{human(usage.kv_bytes_read)} of KV read, " if usage.kv_bytes_read else "")
+        + f"{usage.backend} backend"
+        + (f", simulated {usage.simulated}" if usage.simulated else "")
     )
 
 
@@ -149,7 +153,8 @@ def _split(usage: Usage) -> str:
 def _flash(usage: Usage) -> str:
     from edgelm.sizes import human
 
-    return f"; flash gave {human(usage.bytes_streamed / usage.read_s)}/s while it was read" if usage.read_s else ""
+    read_bytes = usage.bytes_streamed + usage.kv_bytes_read
+    return f"; flash gave {human(read_bytes / usage.read_s)}/s while it was read" if usage.read_s else ""
 
 
 @contextmanager

@@ -73,6 +73,15 @@ _context = click.option(
     help="Tokens that prompt and answer may have. [default: what model and budget allow]",
 )
 
+_no_spill = click.option(
+    "--no-spill",
+    "spill",
+    flag_value=False,
+    default=None,
+    help="Refuse a --context that memory cannot hold. [default: its oldest keys and values go to flash and are read "
+    "back for every token]",
+)
+
 
 def budget_options(command: F) -> F:
     """`--memory --threads --context --simulate`: how a model is loaded, whatever computes."""
@@ -80,7 +89,7 @@ def budget_options(command: F) -> F:
 
 
 def engine_options(command: F) -> F:
-    """`--memory --backend --threads --context --simulate`: how a model is loaded."""
+    """`--memory --backend --threads --context --no-spill --simulate`: how a model is loaded."""
     return _together(
         _memory,
         click.option(
@@ -91,6 +100,7 @@ def engine_options(command: F) -> F:
         ),
         _threads,
         _context,
+        _no_spill,
         simulate_option,
     )(command)
 
@@ -171,7 +181,7 @@ offline_option = click.option("--offline", is_flag=True, help="Fetch nothing: us
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
-_ENGINE = ("memory", "backend", "threads", "context", "simulate", "speculate", "draft")
+_ENGINE = ("memory", "backend", "threads", "context", "spill", "simulate", "speculate", "draft")
 _SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
     "frequency_penalty", "dry_multiplier", "dry_base", "dry_allowed_length", "top_n_sigma", "xtc_probability",

@@ -75,6 +75,7 @@ _CPU: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_cpu_set_abort_callback": (None, (_P, _P, _P)),
     "ggml_threadpool_new": (_P, (_P,)),
     "ggml_threadpool_free": (None, (_P,)),
+    "ggml_threadpool_pause": (None, (_P,)),
 }
 
 

@@ -69,6 +69,9 @@ class GgmlSession:
     def use_threads(self, n_threads: int) -> None:
         self.ggml.ggml_backend_cpu_set_n_threads(self.backend, n_threads)
 
+    def rest(self) -> None:
+        self.ggml.ggml_threadpool_pause(self.threads)  # the next graph wakes them
+
     def abort(self, on: bool) -> None:
         self._flag[0] = b"\x01" if on else b"\x00"
 

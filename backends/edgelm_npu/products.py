@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.engine.lanes import Lanes
 from edgelm_npu.layout import TILE, row_bytes, tiles
 from edgelm_npu.lowering import CHUNK, Stage, padded
 from edgelm_npu.numbers import Codes, Doubles, Floats, Outliers, integer_product
-from edgelm_numpy.lanes import Lanes
 
 if TYPE_CHECKING:
     from edgelm_npu.compiled import CompiledProducts

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgelm.engine.backend import Bindings, PassShape, Program
 from edgelm.engine.ir import Op, Placed, Segment
+from edgelm.engine.lanes import Lanes, quiet
 from edgelm.errors import UnsupportedModel
 from edgelm.files.blocks import TYPES, dequantize
 from edgelm.files.ggml_types import row_bytes
@@ -27,7 +28,6 @@ from edgelm_npu.numbers import Floats, Outliers
 from edgelm_npu.products import Product, Space
 from edgelm_npu.schedule import out_of_order
 from edgelm_numpy.frame import at
-from edgelm_numpy.lanes import Lanes, quiet
 from edgelm_numpy.session import ALIGNMENT, NumpySession
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ class NumpyBackend:
     def probe(self) -> Availability:
         import numpy as np
 
-        from edgelm_numpy.lanes import BlasThreads
+        from edgelm.engine.lanes import BlasThreads
 
         blas = "OpenBLAS" if BlasThreads().found else "another BLAS, whose threads edgelm cannot limit"
         return Availability(True, version=f"NumPy {np.__version__} with {blas}")

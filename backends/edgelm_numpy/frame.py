@@ -5,27 +5,19 @@ Knows no operation.
 
 from __future__ import annotations
 
-import ctypes
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
+from edgelm.engine.arrays import at as at
 from edgelm.engine.backend import Bindings, PassShape
 from edgelm.engine.ir import Op, Weight
+from edgelm.engine.lanes import Lanes
 from edgelm.files.blocks import Floats, dequantize
 from edgelm.files.ggml_types import TensorType, row_bytes
-from edgelm_numpy.lanes import Lanes
-
-
-def at(address: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """Return the array that lies at `address`; no copy."""
-    n_bytes = np.dtype(dtype).itemsize * math.prod(shape)
-    memory = (ctypes.c_ubyte * n_bytes).from_address(address)
-    return np.frombuffer(memoryview(memory), dtype).reshape(shape)
 
 
 @dataclass(slots=True)

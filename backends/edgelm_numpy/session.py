@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from edgelm.engine.backend import Bindings, PassShape
 from edgelm.engine.ir import Segment
+from edgelm.engine.lanes import BlasThreads, Lanes, quiet
 from edgelm.errors import UnsupportedModel
 from edgelm.files.blocks import TYPES, Floats
 from edgelm_numpy import rows
 from edgelm_numpy.attention import lower_attend
 from edgelm_numpy.frame import Frame, Site, Step, at
-from edgelm_numpy.lanes import BlasThreads, Lanes, quiet
 from edgelm_numpy.matrices import lower_embed, lower_linear
 
 ALIGNMENT = 64

@@ -151,6 +151,14 @@ class Session(Protocol):
 
 
 @runtime_checkable
+class Resting(Protocol):
+    """A session whose threads spin between programs, where others may want to compute."""
+
+    def rest(self) -> None:
+        """Let them sleep until the next program."""
+
+
+@runtime_checkable
 class Adopting(Protocol):
     """A session that cannot compute on memory of others: it takes copies of the weights that stay.
 

@@ -6,7 +6,7 @@ Asks the backend and counts bytes; decides nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 from edgelm.engine.backend import CacheGroup, CacheLayout, PassShape, Session
 from edgelm.engine.ir import Trace, place
@@ -19,6 +19,9 @@ from edgelm.memory.buffer import align_up
 from edgelm.memory.plan import Demand, Plan
 from edgelm.memory.units import Unit, constants
 from edgelm.memory.window import runs
+
+if TYPE_CHECKING:
+    from edgelm.engine.spilling import Spilling
 
 CHUNKS = (512, 256, 128, 64, 32, 16)
 """No narrower: passes of eight tokens and more have the same bits whatever their width, see `passes.first_width`."""
@@ -81,13 +84,15 @@ class Demands(Sequence[Demand]):
         most_tokens: int | None = None,
         n_rows: int = 1,
         draft_bytes: int = 0,
+        spilling: Spilling | None = None,
     ) -> None:
         """`kept`: the chunk that a cache is made for, and its bytes, where that is decided already.
 
         `most_tokens`: no pass will have more. `n_rows`: rows of drafts that a pass can verify.
-        `draft_bytes`: what a draft model takes.
+        `draft_bytes`: what a draft model takes. `spilling`: how much of the cache may go to flash; `model` is then what
+        `spilling_of` returns.
         """
-        self._cache = cache
+        self._cache, self.spilling = cache, spilling
         self._model, self._session, self._context = model, session, context
         self._process_bytes, self._max_outputs, self._kept = process_bytes, max_outputs, kept
         self._n_rows, self._draft_bytes = max(n_rows, max_outputs), draft_bytes
@@ -126,9 +131,11 @@ class Demands(Sequence[Demand]):
 
     def measured(self, plan: Plan) -> Demand:
         """Return what the segments that `plan` leads to really need."""
-        cut_model = cut(self._model.trace, [run.unit for run in runs(plan)])
+        apart = self.spilling.apart if self.spilling else frozenset()
+        cut_model = cut(self._model.trace, [run.unit for run in runs(plan)], apart)
         shape = self.shape(plan.chunk)
-        distinct = {placed.segment for placed in cut_model.segments if placed.segment.ops}
+        placed = (placed for placed in cut_model.segments if not apart.intersection(placed.layers))
+        distinct = {placed.segment for placed in placed if placed.segment.ops}
         scratch = max(self._session.scratch_bytes(segment, shape) for segment in distinct)
         return self._demand(plan.chunk, scratch, Layout.of(cut_model).width)
 
@@ -140,10 +147,11 @@ class Demands(Sequence[Demand]):
         # several rows of logits are put together from tiles; they are not sampled from, or are as few as the copies
         copies = max(SAMPLING_COPIES, self._max_outputs) + (self._n_rows > 1)
         state = workspace_bytes(width, chunk, self._n_rows, model.n_vocab, model.embedding.row_bytes, places)
+        spill, spill_bytes = self.spilling.at(self._context, cached) if self.spilling else (None, 0)
         return Demand(
             process_bytes=self._process_bytes,
             constants_bytes=model.constants.span_bytes,
-            kv_bytes=kv_bytes,
+            kv_bytes=kv_bytes + (spill.memory_bytes if spill else 0),
             chunk=chunk,
             scratch_bytes=scratch_bytes,
             state_bytes=state,
@@ -152,6 +160,8 @@ class Demands(Sequence[Demand]):
             + copies * model.n_vocab * FLOAT_BYTES,
             draft_bytes=self._draft_bytes,
             n_rows=self._n_rows,
+            spill=spill,
+            spill_bytes=spill_bytes,
         )
 
 

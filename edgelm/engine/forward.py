@@ -8,9 +8,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,8 @@ from edgelm.engine.adopting import AdoptedWeights
 from edgelm.engine.backend import Adopting, Bindings, CacheGroup, PassShape, Program, Session
 from edgelm.engine.demand import Model, most_shapes
 from edgelm.engine.gather import Gather
-from edgelm.engine.ir import Placed, Segment, Weight
+from edgelm.engine.ir import AttendSpec, Segment, Weight
+from edgelm.engine.located import Address, Located, computed_on
 from edgelm.engine.pace import Pace
 from edgelm.engine.passes import check_request, first_width
 from edgelm.engine.rows import Rows
@@ -29,6 +30,7 @@ from edgelm.errors import Cancelled
 from edgelm.memory.arena import KVArena, depths, is_chain
 from edgelm.memory.pinned import PinnedWeights
 from edgelm.memory.plan import Plan
+from edgelm.memory.spill_shape import Traffic
 from edgelm.memory.stores import Store
 from edgelm.memory.timeline import Times
 from edgelm.memory.units import Part
@@ -39,23 +41,19 @@ FLASH_BOUND = 3.0
 
 
 if TYPE_CHECKING:
+    from edgelm.engine.spilled import Spilled
     from edgelm.memory.flash import ReadPattern
-
-
-class _Address(NamedTuple):
-    """Where a weight lies: `fixed` ones for good, others at a distance from where their run is held."""
-
-    fixed: bool
-    at: int
 
 
 @dataclass(slots=True)
 class _Step:
+    segment: int
     run: int
     program: Program
     bindings: Bindings | None  # None: weights move, so they are bound at every pass
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    last: bool = True  # of its run, of those whose weights move
 
 
 class Engine:
@@ -74,16 +72,21 @@ class Engine:
         pattern: ReadPattern | None = None,
         *,
         times: Times | None = None,
+        spilled: Spilled | None = None,
     ) -> None:
-        """`load` must be called before the first pass. `times`: where to count, if not apart."""
+        """`load` must be called before the first pass. `times`: where to count, if not apart.
+
+        `spilled`: the layers whose keys and values may lie on flash, if there are any.
+        """
         self.arena, self.session, self.max_outputs = arena, session, max_outputs
         self._model, self._tensors, self._pinned, self.store = model, model.tensors, pinned, store
-        self.n_threads = n_threads
+        self.n_threads, self.spilled = n_threads, spilled
         self._groups = tuple(sorted(arena.windows))
         self._embedding = model.embedding
         self.n_vocab = model.n_vocab
         self._adopted = AdoptedWeights(session) if isinstance(session, Adopting) else None
-        self._weights: list[tuple[_Address | None, ...]] = []  # of each segment; known once weights are loaded
+        self._located = Located(model.tensors, pinned, self._adopted)
+        self._weights: list[tuple[Address | None, ...]] = []  # of each segment; known once weights are loaded
         self._steps: OrderedDict[PassShape, list[_Step]] = OrderedDict()
         self._stop = threading.Event()
         self._closed = False
@@ -107,18 +110,20 @@ class Engine:
         else:
             vectors, matrices = self._to_adopt()
             self._adopted.keep(vectors, matrices, constants, self._pinned, store, N_READERS, progress, cancelled)
-        self._weights = [self._locate(i, placed) for i, placed in enumerate(self._cut.segments)]
+        runs = (self.window.runs[i] for i in self._cut.runs)
+        self._weights = [self._located(*pair) for pair in zip(runs, self._cut.segments, strict=True)]
         self.window.start()
 
     def _to_adopt(self) -> tuple[dict[Weight, int], dict[Weight, Part]]:
         """Return the vectors of the model with their addresses, and the matrices that stay with their parts."""
         vectors: dict[Weight, int] = {}
         matrices: dict[Weight, Part] = {}
-        for run, placed in zip(self.window.runs, self._cut.segments, strict=True):
+        for i, placed in zip(self._cut.runs, self._cut.segments, strict=True):
+            run = self.window.runs[i]
             parts = {(part.tensor, part.first_row): part for part in run.unit.parts}
-            for weight in _computed_on(placed):
+            for weight in computed_on(placed):
                 if self._tensors[weight.tensor].n_rows == 1:
-                    vectors[weight] = self._vector_address(weight)
+                    vectors[weight] = self._located.vector(weight)
                 elif run.pinned:
                     matrices[weight] = parts[weight.tensor, weight.first_row]
         return vectors, matrices
@@ -152,8 +157,8 @@ class Engine:
     def _prepare(self, plan: Plan) -> None:
         """Cut the model at the edges of the plan's runs and lay out what passes between the segments."""
         trace, arena = self._model.trace, self.arena
-        self._pace = Pace(self.n_threads, bool(self.window.cycle))
-        self._cut: Cut = cut(trace, [run.unit for run in self.window.runs])
+        self._pace = Pace(self.n_threads, bool(self.window.cycle or self.spilled))
+        self._cut: Cut = cut(trace, [run.unit for run in self.window.runs], self.spilled.layers if self.spilled else ())
         self._layout = Layout.of(self._cut)
         self.workspace = Workspace(
             self._layout,
@@ -175,7 +180,10 @@ class Engine:
         self._segment_ids = [ids.setdefault(placed.segment, len(ids)) for placed in self._cut.segments]
         self.session.reserve(plan.demand.scratch_bytes)
 
-    trees = True
+    @property
+    def trees(self) -> bool:
+        """Whether drafted rows may branch: where keys and values spill, they form a chain."""
+        return self.spilled is None
 
     @property
     def max_rows(self) -> int:
@@ -192,6 +200,11 @@ class Engine:
         """Bytes of weights read from flash so far, those that were loaded for good not counted."""
         return self.window.bytes_streamed
 
+    @property
+    def kv_traffic(self) -> Traffic:
+        """Bytes of keys and values written to flash and read back so far."""
+        return self.spilled.cache.traffic if self.spilled else Traffic()
+
     def truncate(self, n_past: int) -> int:
         """Forget positions from `n_past` on; return how many are kept, see `KVArena.truncate`."""
         self._n_tried = 0
@@ -204,6 +217,8 @@ class Engine:
         else:
             self._stop.clear()
         self.session.abort(on)
+        if self.spilled is not None:
+            self.spilled.abort(on)
 
     def forward(
         self, ids: Sequence[int], n_outputs: int = 1, progress: Callable[[int], None] | None = None
@@ -256,8 +271,10 @@ class Engine:
             steps = [step for step in steps if step.run <= self._cut.last_write]
         self.session.use_threads(self._pace.threads(n_tokens))
         began_s = time.perf_counter()
-        self.window.begin([step.run for step in steps if step.bindings is None])
+        self.window.begin([step.run for step in steps if step.bindings is None and step.last])
         try:
+            if self.spilled is not None:
+                self.spilled.begin(arena.n_past, n_tokens)
             workspace.positions[:n_tokens] = arena.n_past + (depths(parents) if parents else np.arange(n_tokens))
             workspace.out_rows[:n_outputs] = np.arange(n_tokens - n_outputs, n_tokens)
             for group, cache in zip(self._groups, groups, strict=True):
@@ -275,10 +292,12 @@ class Engine:
                 began = time.perf_counter()
                 step.program.run(bindings)
                 self.times.add("compute", step.run, began)
-                if step.bindings is None:
+                if step.bindings is None and step.last:
                     self.window.release(step.run)
         except BaseException:
             self.window.reset()
+            if self.spilled is not None:
+                self.spilled.cache.reset()
             arena.truncate(arena.n_past)
             raise
         if parents is None:
@@ -296,34 +315,42 @@ class Engine:
             self._steps.popitem(last=False)
         programs: dict[int, Program] = {}
         steps = []
-        for run, placed in enumerate(self._cut.segments):
+        last: dict[int, _Step] = {}
+        for i, (run, placed) in enumerate(zip(self._cut.runs, self._cut.segments, strict=True)):
             if not placed.segment.ops:
                 continue
-            key = self._segment_ids[run]
-            if key not in programs:
-                programs[key] = self.session.compile(placed.segment, shape)
+            key, spec = self._segment_ids[i], placed.segment.ops[0].params
+            if self.spilled and isinstance(spec, AttendSpec) and placed.layers[0] in self.spilled.layers:
+                program = self.spilled.program(placed.layers[0], spec, shape.n_tokens)
+            else:
+                program = programs[key] = programs.get(key) or self.session.compile(placed.segment, shape)
             step = _Step(
+                i,
                 run,
-                programs[key],
+                program,
                 None,
                 tuple(self.workspace.address(value) for value in placed.inputs),
                 tuple(self.workspace.output(value, self._cut.tiles, shape.n_outputs) for value in placed.outputs),
             )
-            if self.window.runs[run].pinned:
+            if self.window.runs[run].pinned or not placed.weights:
                 step.bindings = self._bind(step, 0)
+            else:
+                if run in last:
+                    last[run].last = False
+                last[run] = step
             steps.append(step)
         self._steps[shape] = steps
         return steps
 
     def _bind(self, step: _Step, address: int) -> Bindings:
         """Bind a step whose weights stay, or are held at `address`."""
-        workspace, placed = self.workspace, self._cut.segments[step.run]
+        workspace, placed = self.workspace, self._cut.segments[step.segment]
         return Bindings(
             step.inputs,
             step.outputs,
             tuple(
                 workspace.rows_address if at is None else at.at if at.fixed else address + at.at
-                for at in self._weights[step.run]
+                for at in self._weights[step.segment]
             ),
             tuple(self.arena.keys[layer] for layer in placed.layers),
             tuple(self.arena.values[layer] for layer in placed.layers),
@@ -332,34 +359,6 @@ class Engine:
             tuple(workspace.places_addresses[group] for group in self._groups),
             tuple(workspace.mask_addresses[group] for group in self._groups),
         )
-
-    def _locate(self, run: int, placed: Placed) -> tuple[_Address | None, ...]:
-        unit, pinned = self.window.runs[run].unit, self.window.runs[run].pinned
-        starts = {part.tensor: (unit.offset_of(part), part.first_row) for part in unit.parts}
-
-        def find(weight: Weight) -> _Address:
-            info = self._tensors[weight.tensor]
-            if self._adopted is not None and (pinned or info.n_rows == 1):
-                return _Address(True, self._adopted[weight])
-            if info.n_rows == 1:
-                return _Address(True, self._vector_address(weight))
-            if pinned:
-                return _Address(True, self._pinned.address(info.file, info.offset + weight.first_row * info.row_bytes))
-            at, first = starts[weight.tensor]
-            return _Address(False, at + (weight.first_row - first) * info.row_bytes)
-
-        located: list[_Address | None] = []
-        weights = iter(placed.weights)
-        for op in placed.segment.ops:  # the rows of the embedding are gathered apart
-            located.extend(
-                None if op.kind == "embed" else find(weight) for weight in (next(weights) for _ in op.weights)
-            )
-        return tuple(located)
-
-    def _vector_address(self, weight: Weight) -> int:
-        """Return where a vector lies while it is pinned; of a bias, some columns may be meant."""
-        info = self._tensors[weight.tensor]
-        return self._pinned.address(info.file, info.offset + weight.first_row * info.row_bytes // info.shape[0])
 
     def close(self) -> None:
         """Give all memory back and stop the threads. Safe to call twice."""
@@ -372,15 +371,8 @@ class Engine:
             self._adopted.close()
         self._pinned.close()
         self.arena.close()
+        if self.spilled is not None:
+            self.spilled.close()
         self.workspace.close()
         self.session.close()
         self.store.close()
-
-
-def _computed_on(placed: Placed) -> Iterator[Weight]:
-    """Yield the weights of a segment but for the rows that are gathered apart."""
-    weights = iter(placed.weights)
-    for op in placed.segment.ops:
-        for weight in (next(weights) for _ in op.weights):
-            if op.kind != "embed":
-                yield weight

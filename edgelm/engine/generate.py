@@ -100,7 +100,7 @@ def token_ids(
     engine, count = conversation.engine, 0
     if speculator is not None:
         speculator.begin(history)
-    new = [_drawn(conversation, sampler, conversation.logits, history, 1)]
+    new = [_drawn(conversation, sampler, conversation.logits, history, len(prompt))]
     if speculator is not None:
         speculator.begin(history)
     while True:
@@ -112,13 +112,14 @@ def token_ids(
         if count >= max_tokens or conversation.is_full:
             return "length"
         most = min(max_tokens - count, engine.plan.context - engine.n_past)
-        new = _round(conversation, sampler, history, ends, most, speculator)
+        new = _round(conversation, sampler, history, len(prompt), ends, most, speculator)
 
 
 def _round(
     conversation: Conversation,
     sampler: Sampler,
     history: list[int],
+    n_prompt: int,
     ends: Collection[int],
     most: int,
     speculator: Speculator | None,
@@ -145,7 +146,7 @@ def _round(
     path: list[int] = []
     node = ROOT
     while True:
-        token = _drawn(conversation, sampler, rows[node + 1], history, len(history) - n_before + 1)
+        token = _drawn(conversation, sampler, rows[node + 1], history, n_prompt)
         found = [child for child in draft.children(node) if draft.ids[child] == token]
         if not found or token in ends:
             break
@@ -161,10 +162,10 @@ def _round(
     return history[n_before:]
 
 
-def _drawn(conversation: Conversation, sampler: Sampler, logits: Logits, history: list[int], number: int) -> int:
+def _drawn(conversation: Conversation, sampler: Sampler, logits: Logits, history: list[int], n_prompt: int) -> int:
     """Draw the next id and append it to `history`."""
     began = time.perf_counter()
     token = sampler(logits, history)
-    conversation.engine.times.add("sample", number, began)
     history.append(token)
+    conversation.engine.times.add("sample", len(history) - n_prompt, began)
     return token

@@ -14,6 +14,7 @@ from edgelm.engine.backend import Adopting, Backend, CacheLayout, Session, Weigh
 from edgelm.engine.demand import CHUNKS, Demands, Model, describe, with_room
 from edgelm.engine.forward import Engine
 from edgelm.engine.registry import get_architecture
+from edgelm.engine.spilling import Spilling, open_spilled, spilling_of
 from edgelm.engine.state import FLOAT_BYTES
 from edgelm.errors import BudgetTooSmall, ConfigError, UnsupportedModel
 from edgelm.files.index import is_folder, is_genai_folder, open_indexed
@@ -24,6 +25,7 @@ from edgelm.memory.pinned import PinnedWeights
 from edgelm.memory.plan import Demand, Plan, least_weights, make_plan
 from edgelm.memory.predict import Rates
 from edgelm.memory.stores import Store
+from edgelm.memory.timeline import Times
 
 if TYPE_CHECKING:
     from edgelm.memory.flash import ReadPattern
@@ -52,6 +54,7 @@ class Request:
     speculate: bool = True
     draft_bytes: int = 0
     """What a draft model takes of the budget."""
+    spill: bool = True
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < MIN_CONTEXT:
@@ -76,6 +79,8 @@ class Prepared(NamedTuple):
     cache: CacheLayout
     cache_chunk: int = 0
     """What passes the cache is made for, if not for those of the plan."""
+    spilling: Spilling | None = None
+    """What of the cache goes to flash where it does not fit."""
     prompts: Prepared | None = None
     """The backend that computes the prompts, if another one does: `edgelm.engine.phases`."""
 
@@ -136,17 +141,48 @@ def prepare(
         model = describe(record(architecture, file, context), file.tensors, file.gathered)
         check_types(model, backend)
         terms = Terms(context, rates, can.streams, isinstance(session, Adopting))
-        demands = partial(
-            Demands, model, session, context, process_bytes, request.max_outputs, can.cache,
-            draft_bytes=request.draft_bytes,
-        )  # fmt: skip
+        rest = (session, context, process_bytes, request.max_outputs, can.cache)
+        demands = partial(Demands, draft_bytes=request.draft_bytes)
+        common = (session, request, file, process_bytes, rates, pattern, can.streams, can.cache)
         try:
-            plan = with_rows(model, demands, request, request.budget_bytes, terms)
-            return Prepared(model, plan, session, request, file, process_bytes, rates, pattern, can.streams, can.cache)
-        except BudgetTooSmall:
-            if request.context is not None or context <= 512:
+            plan = with_rows(model, partial(demands, model, *rest), request, request.budget_bytes, terms)
+            return Prepared(model, plan, *common)
+        except BudgetTooSmall as refused:
+            if request.context is None and context > 512:
+                context //= 2
+                continue
+            found = spilling_of(model, request.n_threads) if request.spill and request.context else None
+            if found is None:
                 raise
-            context //= 2
+            model, spilling = found
+            try:
+                plan, spilling = _settle_spilled(model, partial(demands, model, *rest), spilling, request, terms)
+            except BudgetTooSmall as exc:
+                raise min(exc, refused, key=lambda error: error.needed_bytes) from None
+            return Prepared(model, plan, *common, spilling=spilling)
+
+
+def _settle_spilled(
+    model: Model, demands: Callable[..., Demands], spilling: Spilling, request: Request, terms: Terms
+) -> tuple[Plan, Spilling]:
+    """Plan with a cache that spills, and say how: weights first, and what they leave to keys and values.
+
+    Weights are read for every token, keys and values only once the context is full.
+    """
+
+    def plan_with(extra: int) -> Plan:
+        with_extra = partial(demands, spilling=spilling._replace(extra=extra))
+        return with_rows(model, with_extra, request, request.budget_bytes, terms)
+
+    plan = plan_with(0)
+    shape = plan.demand.spill
+    assert shape is not None
+    room = 0 if plan.streamed else request.budget_bytes - plan.planned_bytes
+    for extra in range(min(room // shape.step_bytes, shape.n_spilled), 0, -1):
+        roomier = plan_with(extra)
+        if not roomier.streamed and roomier.chunk == plan.chunk:
+            return roomier, spilling._replace(extra=extra)
+    return plan, spilling
 
 
 def build(
@@ -157,23 +193,31 @@ def build(
     cancelled: Callable[[], bool] | None = None,
     *,
     arena: KVArena | None = None,
+    beside: Callable[[Store], Store] | None = None,
     make: Callable[..., Engine] = Engine,
 ) -> Engine:
     """Allocate what the plan says and read the pinned weights. The engine owns `store` and the session from here.
 
-    `arena`: a cache that exists already, which it then owns, too. `make` makes the engine.
+    `arena`: a cache that exists already, which it then owns, too. `beside`: see `open_spilled`. `make` makes the
+    engine.
     """
     model, plan, request = prepared.model, prepared.plan, prepared.request
-    pinned = PinnedWeights(prepared.file.file_bytes)
+    pinned, spilled = PinnedWeights(prepared.file.file_bytes), None
     try:
         arena = arena or KVArena(model.layers, plan.context, plan.chunk, prepared.cache)
         session, n_threads, outputs = prepared.session, request.n_threads, request.max_outputs
+        if prepared.spilling is not None:
+            times = Times()
+            spilled = open_spilled(prepared.spilling, plan, session, times, beside)
+            make = partial(make, times=times, spilled=spilled)
         engine = make(model, plan, pinned, arena, store, session, n_threads, outputs, prepared.pattern)
         engine.load(loader, progress, cancelled)
     except BaseException:
         pinned.close()
         if arena is not None:
             arena.close()
+        if spilled is not None:
+            spilled.close()
         raise
     return engine
 
@@ -194,6 +238,7 @@ def replan(prepared: Prepared, engine: Engine, budget_bytes: int) -> Plan:
         arena.layout,
         kept=(arena.chunk, arena.n_bytes),
         draft_bytes=request.draft_bytes,
+        spilling=prepared.spilling,
     )
     terms = Terms(arena.context, prepared.rates, prepared.streams, isinstance(prepared.session, Adopting))
     return with_rows(model, demands, request, budget_bytes, terms)
@@ -247,7 +292,7 @@ def settle(model: Model, demands: Demands, budget_bytes: int, terms: Terms) -> P
     chunks = range(len(demands) - 1, len(demands))
     try:
         plan = make_plan(model.matrices, demands, budget_bytes, *terms)
-        if not plan.streamed and not plan.adopts:  # one segment, as was guessed
+        if not plan.streamed and not plan.adopts and demands.spilling is None:  # one segment, as was guessed
             return plan
         measured = demands.measured(plan)
         needed = measured if plan.streamed else with_room(plan.demand, measured)
@@ -272,7 +317,7 @@ def least_plan(model: Model, demands: Demands, chunk: int, terms: Terms) -> Plan
     _, weights_bytes = least_weights(model.matrices, terms.streams, terms.adopts)
     demand = demands[chunk]
     plan = make_plan(model.matrices, [demand], demand.total_bytes + weights_bytes, *terms)
-    if plan.streamed or plan.adopts:
+    if plan.streamed or plan.adopts or demands.spilling is not None:
         demand = demands.measured(plan)
         plan = make_plan(model.matrices, [demand], demand.total_bytes + weights_bytes, *terms)
     return replace(plan, budget_bytes=plan.planned_bytes)

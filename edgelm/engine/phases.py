@@ -57,10 +57,14 @@ class Phase(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """Where weights are read from: while the model runs, and when it is loaded (None: the same)."""
+    """Where weights are read from: while the model runs, and when it is loaded (None: the same).
+
+    `beside`: how other files are read on a device that is simulated (None: as they are).
+    """
 
     store: Store
     loader: Store | None = None
+    beside: Callable[[Store], Store] | None = None
 
 
 def until_cached(trace: Trace) -> Trace:
@@ -132,15 +136,16 @@ def build(
     """
     before = prepared.prompts
     if before is None:
-        return build_one(prepared, *sources[0], progress, cancelled)
+        store, loader, beside = sources[0]
+        return build_one(prepared, store, loader, progress, cancelled, beside=beside)
     arena = KVArena(prepared.model.layers, prepared.plan.context, prepared.cache_chunk, prepared.cache)
     own = arena
     if before.cache != prepared.cache:
         own = KVArena(before.model.layers, before.plan.context, before.cache_chunk, before.cache)
-    first = build_one(before, *sources[1], progress, cancelled, arena=own)
+    first = build_one(before, *sources[1][:2], progress, cancelled, arena=own)
     try:
         return build_one(
-            prepared, *sources[0], progress, cancelled, arena=arena, make=partial(PhasedEngine, prompts=first)
+            prepared, *sources[0][:2], progress, cancelled, arena=arena, make=partial(PhasedEngine, prompts=first)
         )
     except BaseException:
         first.close()

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edgelm.engine.rows import Rows
 from edgelm.memory.plan import Plan
+from edgelm.memory.spill_shape import Traffic
 from edgelm.memory.timeline import Times
 
 
@@ -40,6 +41,10 @@ class Running(Protocol):
     @property
     def bytes_streamed(self) -> int:
         """Bytes of weights read from flash so far, those that were loaded for good not counted."""
+
+    @property
+    def kv_traffic(self) -> Traffic:
+        """Bytes of keys and values written to flash and read back so far, where they do not fit in memory."""
 
     def forward(
         self, ids: Sequence[int], n_outputs: int = 1, progress: Callable[[int], None] | None = None

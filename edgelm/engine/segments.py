@@ -6,10 +6,10 @@ a later operation needs the whole. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
-from edgelm.engine.ir import Op, Placed, Trace, Value, Weight, place
+from edgelm.engine.ir import AttendSpec, Op, Placed, Trace, Value, Weight, place
 from edgelm.memory.units import Part, Unit
 
 
@@ -22,19 +22,26 @@ class LogitTile(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """A pass: one segment for each run. `tiles` make up the logits, `last_write` is the last run to write a cache."""
+    """A pass: a segment for each run, or several where attention is computed apart. `runs`: the run of each segment.
+
+    `tiles` make up the logits, `last_write` is the last run to write a cache.
+    """
 
     segments: tuple[Placed, ...]
     tiles: tuple[LogitTile, ...]
     values: dict[int, Value]
     last_write: int
+    runs: tuple[int, ...]
 
 
 _ROWWISE = ("scale", "softcap")
 
 
-def cut(trace: Trace, runs: Sequence[Unit]) -> Cut:
-    """Return the segments of `trace` for the weights of `runs`, which are in pass order."""
+def cut(trace: Trace, runs: Sequence[Unit], apart: Collection[int] = ()) -> Cut:
+    """Return the segments of `trace` for the weights of `runs`, which are in pass order.
+
+    The attention of the layers `apart` becomes segments of its own.
+    """
     pieces: dict[str, list[tuple[int, Part]]] = {}
     for i, run in enumerate(runs):
         for part in run.parts:
@@ -70,9 +77,23 @@ def cut(trace: Trace, runs: Sequence[Unit]) -> Cut:
             current = i
     tiles = tuple(tile for _, tile in tiled.get(trace.logits, ()))
     tiles = tiles or (LogitTile(trace.logits, 0, values[trace.logits].width),)
-    segments = _place(ops, values, frozenset(tile.value for tile in tiles))
+    placed = [(i, piece) for i, group in enumerate(ops) for piece in _pieces(group, apart)]
+    segments = _place([piece for _, piece in placed], values, frozenset(tile.value for tile in tiles))
     last_write = max((i for i, group in enumerate(ops) if any(op.kind == "attend" for op in group)), default=0)
-    return Cut(segments, tiles, values, last_write)
+    return Cut(segments, tiles, values, last_write, tuple(i for i, _ in placed))
+
+
+def _pieces(ops: list[Op], apart: Collection[int]) -> Iterator[list[Op]]:
+    """Yield the operations of a run, with the attention of the layers `apart` by itself."""
+    piece: list[Op] = []
+    for op in ops:
+        if isinstance(op.params, AttendSpec) and op.params.layer in apart:
+            yield piece
+            yield [op]
+            piece = []
+        else:
+            piece.append(op)
+    yield piece
 
 
 def _new(values: dict[int, Value], width: int, like: Value) -> int:

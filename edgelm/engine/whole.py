@@ -23,6 +23,7 @@ from edgelm.files.graph import GraphModel
 from edgelm.memory.arena import is_chain
 from edgelm.memory.buffer import Buffer, align_up
 from edgelm.memory.plan import Demand, Plan
+from edgelm.memory.spill_shape import Traffic
 from edgelm.memory.timeline import Times
 from edgelm.memory.units import Part, Unit
 
@@ -111,7 +112,7 @@ class WholeEngine:
         self.plan, self.n_threads, self.max_outputs = plan, n_threads, max_outputs
         self._loaded = plan
         self.times = Times()
-        self.n_vocab, self.bytes_streamed = model.n_vocab, 0
+        self.n_vocab, self.bytes_streamed, self.kv_traffic = model.n_vocab, 0, Traffic()
         self._model, self._session = model, session
         self._stop = threading.Event()
         self._n_past = self._side = 0

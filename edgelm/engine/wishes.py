@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 
 class Wishes(NamedTuple):
-    """How a model is to be loaded; `edgelm.load` says what each of them means. `max_outputs`: rows of logits a pass."""
+    """How a model is to be loaded; `edgelm.load` says what each of them means. `max_outputs`: rows of logits a
+    pass."""
 
     memory: str | int | None = None
     backend: str = "auto"
@@ -16,3 +17,4 @@ class Wishes(NamedTuple):
     max_outputs: int = 1
     speculate: bool = True
     draft: str | None = None
+    spill: bool = True

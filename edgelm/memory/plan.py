@@ -13,6 +13,7 @@ from edgelm.errors import BudgetTooSmall, ConfigError
 from edgelm.files.model import TensorInfo
 from edgelm.memory.buffer import PAGE
 from edgelm.memory.predict import Rates, pass_s
+from edgelm.memory.spill_shape import SpillShape
 from edgelm.memory.stores import span
 from edgelm.memory.units import Unit, make_units, smallest_slot, split
 from edgelm.sizes import MB, human
@@ -48,6 +49,15 @@ class Demand(NamedTuple):
     """What a draft model takes, all of it."""
     n_rows: int = 1
     """Rows of logits that one pass can return: drafts are verified in passes of so many tokens."""
+    spill: SpillShape | None = None
+    """What of the cache may go to flash; `kv_bytes` is what stays in memory."""
+    spill_bytes: int = 0
+    """Memory through which that is read, and in which attention over it is computed."""
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes of the cache that lie on flash when the context is full; each pass then reads them."""
+        return self.spill.file_bytes if self.spill else 0
 
     @property
     def total_bytes(self) -> int:
@@ -62,8 +72,12 @@ class Demand(NamedTuple):
             ("activations, masks and logits", self.state_bytes),
             ("reserve", self.reserve_bytes),
         )
-        beside = (("draft model", self.draft_bytes), ("prompts on another backend", self.beside_bytes))
-        return (*items, *(item for item in beside if item[1]))
+        more = (
+            ("attention over KV on flash", self.spill_bytes),
+            ("draft model", self.draft_bytes),
+            ("prompts on another backend", self.beside_bytes),
+        )
+        return (*items, *(item for item in more if item[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +144,10 @@ class Plan:
 
     @property
     def predicted_decode_tps(self) -> float:
-        """Tokens a second after the prompt."""
+        """Tokens a second after the prompt; where keys and values are spilled, with a full context."""
         seconds = self.pass_s(1)
+        if seconds and self.demand.spilled_bytes and self.rates:
+            seconds += self.demand.spilled_bytes / self.rates.flash_bytes_per_s
         return 1 / seconds if seconds else 0.0
 
     @property
@@ -197,6 +213,8 @@ class Plan:
             "pass_bytes": self.pass_bytes,
             "pinned_bytes": self.pinned_bytes,
             "streamed_bytes_per_pass": self.streamed_bytes,
+            "kv_spilled_bytes": self.demand.spilled_bytes,
+            "kv_resident_tokens": self.demand.spill.resident if self.demand.spill else self.context,
             "slot_bytes": self.slot_bytes,
             "n_slots": self.n_slots,
             "units": len(self.units),
@@ -219,6 +237,11 @@ class Plan:
         share = 100 * kept / self.pass_bytes if self.pass_bytes else 100.0
         lines += ["", f"a pass uses {human(self.pass_bytes)} of weights: {share:.0f} % stay in memory, "]
         lines[-1] += f"{human(self.streamed_bytes)} are read from flash" if self.streamed else "nothing is streamed"
+        if self.demand.spill is not None and self.demand.spilled_bytes:
+            lines.append(
+                f"KV cache: the newest {self.demand.spill.resident} tokens stay in memory, "
+                f"{human(self.demand.spilled_bytes)} lie on flash when the context is full; each token then reads them"
+            )
         if self.prompts is not None:
             lines.append(
                 f"prompts on another backend: {human(self.prompts.pinned_bytes)} of "

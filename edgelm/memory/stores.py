@@ -253,8 +253,7 @@ class ThrottledStore:
             )
         self._store, self._bytes_per_s, self._latency_s = store, bytes_per_s, latency_s
         self._clock, self._sleep = clock, sleep
-        self._lock = threading.Lock()
-        self._free_at = clock()
+        self._lock, self._free_at = threading.Lock(), [clock()]  # one number, which several stores may share
 
     @property
     def how(self) -> str:
@@ -262,12 +261,18 @@ class ThrottledStore:
 
     def read_into(self, file: int, offset: int, n_bytes: int, buffer: memoryview, at: int) -> int:
         with self._lock:
-            begin = max(self._clock(), self._free_at)
-            done = self._free_at = begin + self._latency_s + span(offset, n_bytes) / self._bytes_per_s
+            begin = max(self._clock(), self._free_at[0])
+            done = self._free_at[0] = begin + self._latency_s + span(offset, n_bytes) / self._bytes_per_s
         first = self._store.read_into(file, offset, n_bytes, buffer, at)
         if (rest := done - self._clock()) > 0:
             self._sleep(rest)
         return first
+
+    def beside(self, store: Store) -> ThrottledStore:
+        """Return another store on the same device: reads of the two wait for each other."""
+        other = ThrottledStore(store, self._bytes_per_s, self._latency_s, clock=self._clock, sleep=self._sleep)
+        other._lock, other._free_at = self._lock, self._free_at
+        return other
 
     def close(self) -> None:
         self._store.close()

@@ -131,8 +131,13 @@ class Window:
             self._lock.notify_all()
 
     def hold(self, run: int) -> int:
-        """Return the address of the run's memory; waits until it is read. Raises what the reader raised."""
+        """Return the address of the run's memory; waits until it is read. Raises what the reader raised.
+
+        A run that is held stays where it is.
+        """
         with self._lock:
+            if run in self._held:
+                return self._slots.address + self._held[run] * self._slot_bytes
             if not self._is_read():
                 began = time.perf_counter()
                 while not self._is_read():

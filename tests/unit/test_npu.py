@@ -16,6 +16,7 @@ import edgelm
 from edgelm.engine.backend import CacheGroup, PassShape
 from edgelm.engine.choosing import Asked, choose
 from edgelm.engine.ir import Segment
+from edgelm.engine.lanes import Lanes
 from edgelm.files.gguf import open_model
 from edgelm.sizes import GB
 from edgelm.testing import tiny_model
@@ -26,7 +27,6 @@ from edgelm_npu.layout import TILE, pack_rows, row_bytes
 from edgelm_npu.lowering import CHUNK, WIDTHS, padded, stages, work_of
 from edgelm_npu.numbers import EXACT_COLUMNS, LIMIT, Floats, Outliers, integer_product, n_outliers, quantize
 from edgelm_npu.products import LANE_FLOATS, Product, Space
-from edgelm_numpy.lanes import Lanes
 
 PROMPT = "one two three four five six"
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from edgelm.engine.ir import Op
+from edgelm.engine.lanes import BlasThreads, Lanes
 from edgelm.errors import BackendUnavailable, Cancelled, UnsupportedModel
 from edgelm.files.ggml_types import TensorType
 from edgelm.testing.recording import Recording
 from edgelm_numpy import BACKEND
-from edgelm_numpy.lanes import BlasThreads, Lanes
 
 
 def test_threads_do_not_change_a_bit() -> None:

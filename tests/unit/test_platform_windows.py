@@ -22,7 +22,7 @@ class FakeKernel32:
         self._pending = 0
 
     def CreateFileW(self, path: Any, access: int, share: int, _s: None, how: int, flags: int, _t: None) -> int | None:
-        assert (access, share, how) == (0x80000000, 7, 3)
+        assert (access, share, how) in ((0x80000000, 7, 3), (0xC0000000, 7, 1))
         self.flags = flags
         if path.value.endswith("missing"):
             self.error = 2
@@ -48,6 +48,12 @@ class FakeKernel32:
             return 0
         ctypes.memmove(target, part, len(part))
         self._pending, self.error = len(part), 997
+        return 0
+
+    def WriteFile(self, handle: Any, source: Any, n_bytes: Any, _n_written: None, request: Any) -> int:
+        assert (handle.value, request._obj.hEvent) == (FILE, EVENT)
+        self.written = (request._obj.Offset, ctypes.string_at(source, n_bytes.value))
+        self._pending, self.error = n_bytes.value, 997
         return 0
 
     def GetOverlappedResult(self, handle: Any, request: Any, n_read: Any, wait: bool) -> int:
@@ -130,3 +136,14 @@ def test_counters(windows: Windows) -> None:
     assert (windows.rss_bytes(), windows.peak_rss_bytes(), windows.reset_peak()) == (50, 80, False)
     assert (windows.available_bytes(), windows.total_bytes(), windows.cores()) == (3000, 8000, 4)
     assert windows.pressure() == Pressure(8000, 3000)
+
+
+def test_a_scratch_file_is_written_directly_and_deleted_when_it_is_closed() -> None:
+    kernel32 = FakeKernel32()
+    system = Windows(kernel32, lambda: kernel32.error)
+    handle = system.open_scratch("spilled.tmp", 1 << 20)
+    assert kernel32.flags == 0x20000000 | 0x40000000 | 0x04000000
+    assert system.write(handle, memoryview(bytearray(b"keys" * 1024)), 8192) == 4096
+    assert kernel32.written == (8192, b"keys" * 1024)
+    system.close(handle)
+    assert kernel32.n_open == 0

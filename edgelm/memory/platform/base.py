@@ -50,6 +50,18 @@ class Platform(Protocol):
         """
         ...
 
+    def open_scratch(self, path: str, n_bytes: int) -> int:
+        """Make a file of `n_bytes` for direct reads and writes, which is gone once it is closed, however that happens.
+
+        Offset, length and address must be multiples of 4096. Raises `OSError` where the file system refuses, or has
+        too little room.
+        """
+        ...
+
+    def write(self, handle: int, view: memoryview, offset: int) -> int:
+        """Write `view` at `offset` of a scratch file and return the bytes written. Thread-safe."""
+        ...
+
     def identity(self, handle: int) -> tuple[int, int]:
         """Return (size in bytes, time of change in ns) of the open file."""
         ...
@@ -110,6 +122,19 @@ class PosixFiles:
         if uncached:
             raise OSError("this system has no uncached buffered reads")
         return os.preadv(handle, [view], offset)
+
+    def write(self, handle: int, view: memoryview, offset: int) -> int:
+        return os.pwritev(handle, [view], offset)
+
+    def _open_unlinked(self, path: str, n_bytes: int, flags: int = 0) -> int:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | flags, 0o600)
+        try:
+            os.unlink(path)
+            os.truncate(handle, n_bytes)
+        except BaseException:
+            os.close(handle)
+            raise
+        return handle
 
     def identity(self, handle: int) -> tuple[int, int]:
         facts = os.fstat(handle)

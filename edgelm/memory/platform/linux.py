@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ _UNLIMITED = 1 << 60  # v1 writes "no limit" as the largest multiple of the page
 
 @cache
 def _libc() -> Any:
-    return ctypes.CDLL(None)
+    return ctypes.CDLL(None, use_errno=True)
 
 
 class Linux(PosixFiles):
@@ -38,6 +39,18 @@ class Linux(PosixFiles):
 
     def open_direct(self, path: str) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+
+    def open_scratch(self, path: str, n_bytes: int) -> int:
+        handle = self._open_unlinked(path, n_bytes, os.O_DIRECT)
+        try:
+            if n_bytes and _libc().fallocate(handle, 0, ctypes.c_int64(0), ctypes.c_int64(n_bytes)) != 0:
+                error = ctypes.get_errno()
+                if error != errno.EOPNOTSUPP:  # not posix_fallocate: where that is, it would write zeros
+                    raise OSError(error, os.strerror(error))
+        except BaseException:
+            os.close(handle)
+            raise
+        return handle
 
     def open_buffered(self, path: str) -> int:
         handle = super().open_buffered(path)

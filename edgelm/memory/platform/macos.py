@@ -75,6 +75,15 @@ class MacOS(PosixFiles):
             raise
         return handle
 
+    def open_scratch(self, path: str, n_bytes: int) -> int:
+        handle = self._open_unlinked(path, n_bytes)
+        try:
+            self._control(handle, _F_NOCACHE, 1)
+        except OSError:
+            os.close(handle)
+            raise
+        return handle
+
     def drop_cache(self, handle: int) -> None:
         """Switch caching off for the handle: no call here drops pages that are cached already."""
         self._control(handle, _F_NOCACHE, 1)

@@ -9,9 +9,10 @@ from typing import Any
 
 from edgelm.memory.platform.base import Pressure
 
-_GENERIC_READ = 0x80000000
+_GENERIC_READ, _GENERIC_WRITE = 0x80000000, 0x40000000
 _SHARE_ALL = 0x1 | 0x2 | 0x4  # others may read, write and delete, as on POSIX
-_OPEN_EXISTING = 3
+_CREATE_NEW, _OPEN_EXISTING = 1, 3
+_FLAG_DELETE_ON_CLOSE = 0x04000000
 _FLAG_NO_BUFFERING = 0x20000000
 _FLAG_OVERLAPPED = 0x40000000  # without it the system lets one read of a handle wait for the other
 _FLAG_RANDOM_ACCESS = 0x10000000
@@ -100,9 +101,13 @@ class Windows:
     def open_buffered(self, path: str) -> int:
         return self._open(path, _FLAG_RANDOM_ACCESS)
 
-    def _open(self, path: str, flag: int) -> int:
+    def open_scratch(self, path: str, n_bytes: int) -> int:
+        access, flags = _GENERIC_READ | _GENERIC_WRITE, _FLAG_NO_BUFFERING | _FLAG_DELETE_ON_CLOSE
+        return self._open(path, flags, access, _CREATE_NEW)  # grows as it is written: the room was looked up before
+
+    def _open(self, path: str, flag: int, access: int = _GENERIC_READ, how: int = _OPEN_EXISTING) -> int:
         handle = self._kernel32.CreateFileW(
-            ctypes.c_wchar_p(path), _GENERIC_READ, _SHARE_ALL, None, _OPEN_EXISTING, flag | _FLAG_OVERLAPPED, None
+            ctypes.c_wchar_p(path), access, _SHARE_ALL, None, how, flag | _FLAG_OVERLAPPED, None
         )
         if handle in (None, _INVALID_HANDLE):
             raise self._error("opening", path)
@@ -111,33 +116,37 @@ class Windows:
     def read(self, handle: int, view: memoryview, offset: int, *, uncached: bool = False) -> int:
         if uncached:
             raise OSError("this system has no uncached buffered reads")
-        if len(view) == 0:
-            return 0
+        return self._moved("reading", handle, view, offset) if len(view) else 0
+
+    def write(self, handle: int, view: memoryview, offset: int) -> int:
+        return self._moved("writing", handle, view, offset)
+
+    def _moved(self, action: str, handle: int, view: memoryview, offset: int) -> int:
+        """Read or write at `offset`, and wait for it; return the bytes moved."""
         event = self._kernel32.CreateEventW(None, True, False, None)
         if not event:
-            raise self._error("preparing a read")
+            raise self._error("preparing a transfer")
         try:
             request = Overlapped(Offset=offset & 0xFFFFFFFF, OffsetHigh=offset >> 32, hEvent=event)
-            return self._overlapped(handle, view, request)
+            return self._overlapped(action, handle, view, request)
         finally:
             self._kernel32.CloseHandle(ctypes.c_void_p(event))
 
-    def _overlapped(self, handle: int, view: memoryview, request: Overlapped) -> int:
-        n_read = ctypes.c_uint32(0)
+    def _overlapped(self, action: str, handle: int, view: memoryview, request: Overlapped) -> int:
+        n_moved = ctypes.c_uint32(0)
         target = ctypes.byref(ctypes.c_char.from_buffer(view))
-        done = self._kernel32.ReadFile(
-            ctypes.c_void_p(handle), target, ctypes.c_uint32(len(view)), None, ctypes.byref(request)
-        )
+        call = self._kernel32.ReadFile if action == "reading" else self._kernel32.WriteFile
+        done = call(ctypes.c_void_p(handle), target, ctypes.c_uint32(len(view)), None, ctypes.byref(request))
         if done or (error := self._last_error()) == _ERROR_IO_PENDING:
             done = self._kernel32.GetOverlappedResult(
-                ctypes.c_void_p(handle), ctypes.byref(request), ctypes.byref(n_read), True
+                ctypes.c_void_p(handle), ctypes.byref(request), ctypes.byref(n_moved), True
             )
             error = 0 if done else self._last_error()
         if error == _ERROR_HANDLE_EOF:
             return 0
         if error:
-            raise self._error("reading", code=error)
-        return n_read.value
+            raise self._error(action, code=error)
+        return n_moved.value
 
     def identity(self, handle: int) -> tuple[int, int]:
         size, written = ctypes.c_int64(0), ctypes.c_uint64(0)

@@ -27,7 +27,7 @@ class Lanes:
     def __init__(self, n: int) -> None:
         self.n = self.active = n
         self.aborted = False
-        self._pool = ThreadPoolExecutor(n - 1, "edgelm-numpy") if n > 1 else None
+        self._pool = ThreadPoolExecutor(n - 1, "edgelm-lane") if n > 1 else None
 
     def check(self) -> None:
         if self.aborted:
