@@ -125,6 +125,7 @@ def load(
     speculate: bool = True,
     draft: str | PathLike[str] | None = None,
     spill: bool = True,
+    kv: str = "f16",
     adaptive: bool | Callable[[str], None] = False,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
@@ -141,6 +142,8 @@ def load(
     Tokens are guessed and verified several at a time where that is faster, with the same result; `speculate=False`
     computes one after the other. `draft` is a smaller model of the same vocabulary that does the guessing, resident
     within the same budget; a low-bit copy of the model itself is one.
+    `kv` is the type of keys and values in the cache: "f16", "q8_0" (half the memory, next to no loss), "q4_0", two of
+    them for keys and values ("q8_0:q4_0"), or "auto" for the first of these with which all weights stay in memory.
     Where a `context` that was asked for fits in no other way, the oldest keys and values go to flash, in the cache
     folder, and are read back for every token: the answer is the same; `spill=False` raises `BudgetTooSmall` instead.
     `simulate` names one of `devices()`: reading weights is slowed down to that device's flash, and its budget and
@@ -154,7 +157,9 @@ def load(
     from edgelm.opening import open_engine
 
     drafted_by = None if draft is None else fspath(draft)
-    wishes = Wishes(memory, backend, threads, context, simulate, speculate=speculate, draft=drafted_by, spill=spill)
+    wishes = Wishes(
+        memory, backend, threads, context, simulate, speculate=speculate, draft=drafted_by, spill=spill, kv=kv
+    )
     return Model(open_engine(path, wishes, progress, notice), adaptive)
 
 

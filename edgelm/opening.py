@@ -180,11 +180,11 @@ def plan(
     speculate: bool = True,
     draft: str | PathLike[str] | None = None,
     spill: bool = True,
+    kv: str = "f16",
 ) -> Plan:
     """Return the plan that `load` would carry out, without reading weights. Raises what `load` raises."""
-    wishes = Wishes(
-        memory, backend, threads, context, simulate, 1, speculate, None if draft is None else os.fspath(draft), spill
-    )
+    drafted_by = None if draft is None else os.fspath(draft)
+    wishes = Wishes(memory, backend, threads, context, simulate, 1, speculate, drafted_by, kv, spill)
     if is_genai_folder(path):
         from edgelm.opening_graph import graph_plan
 
@@ -259,7 +259,7 @@ def _with_backend(
 ) -> Ready:
     wishes = asked.wishes
     how = (wishes.max_outputs, wishes.speculate)
-    request = Request(asked.budget_bytes, wishes.context, asked.n_threads, *how, spill=wishes.spill)
+    request = Request(asked.budget_bytes, wishes.context, asked.n_threads, *how, spill=wishes.spill, kv=wishes.kv)
     prompts, answers = split_name(name)
     parts: list[Part] = []
     try:

@@ -101,6 +101,12 @@ def engine_options(command: F) -> F:
         _threads,
         _context,
         _no_spill,
+        click.option(
+            "--kv",
+            metavar="TYPE",
+            help="Type of keys and values in the cache: f16, q8_0, q4_0, two with a colon (q8_0:q4_0), or auto. "
+            "[default: f16]",
+        ),
         simulate_option,
     )(command)
 
@@ -181,7 +187,7 @@ offline_option = click.option("--offline", is_flag=True, help="Fetch nothing: us
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
-_ENGINE = ("memory", "backend", "threads", "context", "spill", "simulate", "speculate", "draft")
+_ENGINE = ("memory", "backend", "threads", "context", "spill", "kv", "simulate", "speculate", "draft")
 _SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
     "frequency_penalty", "dry_multiplier", "dry_base", "dry_allowed_length", "top_n_sigma", "xtc_probability",

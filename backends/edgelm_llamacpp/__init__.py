@@ -38,6 +38,9 @@ _TYPES = (
 )
 
 
+KV_TYPES = ("f16", "q8_0", "q4_0")
+
+
 class LlamaCppBackend:
     name = "llamacpp"
 
@@ -56,7 +59,9 @@ class LlamaCppBackend:
         return identity()
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(types=frozenset(TensorType[name] for name in _TYPES), activations="int8")
+        return Capabilities(
+            types=frozenset(TensorType[name] for name in _TYPES), activations="int8", kv=frozenset(KV_TYPES)
+        )
 
     def open(self, n_threads: int) -> Session:
         from edgelm_llamacpp.session import GgmlSession

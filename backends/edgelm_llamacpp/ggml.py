@@ -54,6 +54,8 @@ _BASE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_swiglu_split": (_P, (_P, _P, _P)),
     "ggml_geglu_split": (_P, (_P, _P, _P)),
     "ggml_soft_max_ext": (_P, (_P, _P, _P, _F, _F)),
+    "ggml_cast": (_P, (_P, _P, _I)),
+    "ggml_flash_attn_ext": (_P, (_P, _P, _P, _P, _P, _F, _F, _F)),
     "ggml_rope_ext": (_P, (_P, _P, _P, _P, _I, _I, _I, _F, _F, _F, _F, _F, _F)),
     "ggml_gallocr_new": (_P, (_P,)),
     "ggml_gallocr_free": (None, (_P,)),

@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgelm.engine.backend import PassShape
+from edgelm.engine.backend import PassShape, is_quantized, vector_bytes
 from edgelm.engine.ir import AttendSpec, Columns, NormSpec, Op, RopeSpec, Segment
+from edgelm.files.ggml_types import TensorType
+from edgelm.memory.cache_layout import Item
 from edgelm_llamacpp.ggml import ROPE_NEOX, ROPE_NORMAL, TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64, Ggml
 
+CACHE_TYPES = {"f16": TYPE_F16, "q8_0": int(TensorType.Q8_0), "q4_0": int(TensorType.Q4_0)}
 _STAND_IN = 1 << 40  # far from any real address, so that a forgotten binding faults instead of corrupting
 _STAND_IN_STEP = 1 << 32
 _TENSORS_PER_OP = 24
@@ -63,6 +66,7 @@ class _Lowering:
         self.forms: dict[int, tuple[int, ...]] = {}
         self.weight = 0
         self.shared: dict[tuple[str, int], int] = {}
+        self.half_masks: dict[int, int] = {}
 
     def build(self) -> Graph:
         for i, value in enumerate(self.segment.inputs):
@@ -235,6 +239,11 @@ class _Lowering:
         mask = self._shared(("masks", spec.group), "2d", TYPE_F32, self.shape.groups[spec.group].length, n_tokens)
         q = g.ggml_permute(ctx, self._heads(op.inputs[0], spec.n_heads), 0, 2, 1, 3)
         self._view(q, self.tensors[op.inputs[0]])
+        if is_quantized(self.shape.cache.items[1]):
+            half = self.half_masks.setdefault(spec.group, g.ggml_cast(ctx, mask, TYPE_F16))
+            mixed = g.ggml_flash_attn_ext(ctx, q, keys, values, half, spec.scale, 0.0, spec.softcap)
+            self._result(op, mixed, (spec.head_dim_v, spec.n_heads, n_tokens))
+            return
         scores = g.ggml_mul_mat(ctx, keys, q)
         if spec.softcap:
             if spec.scale != 1.0:
@@ -250,12 +259,10 @@ class _Lowering:
         g, ctx, n_tokens, heads = self.g, self.ctx, self.shape.n_tokens, spec.n_kv_heads
         group = self.shape.groups[spec.group]
         places = self._shared(("places", spec.group), "1d", TYPE_I64, n_tokens)
-        k = g.ggml_permute(ctx, self._heads(op.inputs[1], heads), 0, 2, 1, 3)
-        self._view(k, self.tensors[op.inputs[1]])
-        keys = self._leaf(("keys", spec.layer), "3d", TYPE_F16, spec.head_dim_k, group.capacity, heads)
-        stored = self._view(g.ggml_set_rows(ctx, keys, k, places), keys)
-        g.ggml_build_forward_expand(self.out.graph, stored)
-
+        key_item, value_item = self.shape.cache.items
+        seen_keys = self._write_rows("keys", key_item, op.inputs[1], spec, spec.head_dim_k)
+        if is_quantized(value_item):  # these lie as the keys do
+            return seen_keys, self._write_rows("values", value_item, op.inputs[2], spec, spec.head_dim_v)
         # values lie with the places innermost: rows of one number each are set, as llama.cpp does
         width = heads * spec.head_dim_v
         v = self._matrix(op.inputs[2])
@@ -265,8 +272,19 @@ class _Lowering:
         stored = self._view(g.ggml_set_rows(ctx, cells, v, places), cells)
         g.ggml_build_forward_expand(self.out.graph, stored)
 
-        row, head = spec.head_dim_k * 2, spec.head_dim_k * group.capacity * 2
-        seen_keys = g.ggml_view_3d(ctx, keys, spec.head_dim_k, group.length, heads, row, head, 0)
         row, head = group.capacity * 2, spec.head_dim_v * group.capacity * 2
         seen_values = g.ggml_view_3d(ctx, values, group.length, spec.head_dim_v, heads, row, head, 0)
-        return self._view(seen_keys, keys), self._view(seen_values, values)
+        return seen_keys, self._view(seen_values, values)
+
+    def _write_rows(self, slot: str, item: Item, value: int, spec: AttendSpec, dim: int) -> int:
+        """Append the new vectors of a cache that lies [head, place, dimension]; return the part that the pass sees."""
+        g, ctx, heads, group = self.g, self.ctx, spec.n_kv_heads, self.shape.groups[spec.group]
+        places = self._shared(("places", spec.group), "1d", TYPE_I64, self.shape.n_tokens)
+        new = g.ggml_permute(ctx, self._heads(value, heads), 0, 2, 1, 3)
+        self._view(new, self.tensors[value])
+        cache = self._leaf((slot, spec.layer), "3d", CACHE_TYPES[item], dim, group.capacity, heads)
+        stored = self._view(g.ggml_set_rows(ctx, cache, new, places), cache)
+        g.ggml_build_forward_expand(self.out.graph, stored)
+        row = vector_bytes(item, dim)
+        seen = g.ggml_view_3d(ctx, cache, dim, group.length, heads, row, row * group.capacity, 0)
+        return self._view(seen, cache)

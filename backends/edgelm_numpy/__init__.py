@@ -34,7 +34,7 @@ class NumpyBackend:
     def capabilities(self) -> Capabilities:
         from edgelm.files.blocks import TYPES
 
-        return Capabilities(TYPES)
+        return Capabilities(TYPES, kv=frozenset({"f16", "q8_0", "q4_0"}))
 
     def open(self, n_threads: int) -> NumpySession:
         if n_threads < 1:

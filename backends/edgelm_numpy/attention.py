@@ -6,12 +6,20 @@ are kept whole. Softmax is computed in float32.
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.engine.backend import is_quantized, vector_bytes
 from edgelm.engine.ir import AttendSpec
-from edgelm.files.blocks import Floats
+from edgelm.files.blocks import Floats, dequantize
+from edgelm.files.ggml_types import TensorType
+from edgelm.files.quantize import to_q4_0, to_q8_0
+from edgelm.memory.cache_layout import Item
 from edgelm_numpy.frame import Frame, Site, Step, at
 
+_TYPES = {"q8_0": TensorType.Q8_0, "q4_0": TensorType.Q4_0}
 SCORES = 1 << 17
 """Scores that a lane keeps (512 KiB), if a single row of queries does not need more."""
 PLACES = 512
@@ -23,6 +31,7 @@ def lower_attend(site: Site) -> Step:
     assert isinstance(spec, AttendSpec)
     n, cache = site.rows, site.shape.groups[spec.group]
     n_kv, dim_k, dim_v, length = spec.n_kv_heads, spec.head_dim_k, spec.head_dim_v, cache.length
+    (key_item, value_item), order = site.shape.cache.items, site.shape.cache.values
     sharing = spec.n_heads // n_kv
     tile = max(1, min(n, SCORES // (sharing * length)))
     n_tiles = -(-n // tile)
@@ -32,12 +41,12 @@ def lower_attend(site: Site) -> Step:
         q, k, v = (frame.values[value] for value in site.op.inputs)
         out = frame.values[site.op.output].reshape(n, n_kv, sharing, dim_v)
         bound = frame.bindings
-        keys = at(bound.keys[spec.layer], (n_kv, cache.capacity, dim_k), np.float16)
-        values = at(bound.values[spec.layer], (n_kv, dim_v, cache.capacity), np.float16)
+        keys = _Cache(bound.keys[spec.layer], n_kv, cache.capacity, dim_k, key_item)
+        values = _Cache(bound.values[spec.layer], n_kv, cache.capacity, dim_v, value_item, order)
         places = at(bound.places[spec.group], (n,), np.int64)
         mask = at(bound.masks[spec.group], (n, length), np.float32)
-        keys[:, places] = k.reshape(n, n_kv, dim_k).transpose(1, 0, 2)
-        values[:, :, places] = v.reshape(n, n_kv, dim_v).transpose(1, 2, 0)
+        keys.put(places, k.reshape(n, n_kv, dim_k))
+        values.put(places, v.reshape(n, n_kv, dim_v))
         q = q.reshape(n, n_kv, sharing, dim_k)
 
         def attend(task: int, lane: int) -> None:
@@ -50,17 +59,15 @@ def lower_attend(site: Site) -> Step:
             mixed, partial = cut(rows, dim_v), cut(rows, dim_v)
             block = cut(places_at_once, max(dim_k, dim_v)).reshape(-1)
             for first in range(0, length, places_at_once):
-                some = keys[head, first : min(first + places_at_once, length)]
-                wide = block[: some.size].reshape(some.shape)
-                wide[...] = some
-                np.matmul(queries, wide.T, out=scores[:, first : first + len(some)])
+                stop_at = min(first + places_at_once, length)
+                wide = keys.get(head, first, stop_at, block)
+                np.matmul(queries, wide.T, out=scores[:, first:stop_at])
             _softmax(scores, spec, mask[start:stop], sharing)
             for first in range(0, length, places_at_once):
-                some = values[head, :, first : min(first + places_at_once, length)]
-                wide = block[: some.size].reshape(some.shape)
-                wide[...] = some
+                stop_at = min(first + places_at_once, length)
+                wide = values.get(head, first, stop_at, block)
                 product = partial if first else mixed
-                np.matmul(scores[:, first : first + some.shape[1]], wide.T, out=product)
+                np.matmul(scores[:, first:stop_at], wide, out=product)
                 if first:
                     mixed += partial
             out[start:stop, head] = mixed.reshape(-1, sharing, dim_v)
@@ -69,7 +76,49 @@ def lower_attend(site: Site) -> Step:
 
     rows = tile * sharing
     lane_floats = rows * (dim_k + length + 2 * dim_v) + places_at_once * max(dim_k, dim_v)
-    return Step(run, lane_floats, n * n_kv * (dim_k + dim_v) * 8 + site.n_lanes * rows * 8)
+    heap_bytes = n * n_kv * (dim_k + dim_v) * 8 + site.n_lanes * rows * 8
+    if any(map(is_quantized, (key_item, value_item))):  # what rounding and widening blocks take
+        heap_bytes += (3 * n * n_kv + 2 * site.n_lanes * places_at_once) * max(dim_k, dim_v) * 4
+    return Step(run, lane_floats, heap_bytes)
+
+
+class _Cache:
+    """Keys or values of a layer as the arena keeps them."""
+
+    def __init__(
+        self, address: int, n_heads: int, capacity: int, dim: int, item: Item, order: str = "place_dim"
+    ) -> None:
+        self._item, self._turned = item, order == "dim_place"
+        if is_quantized(item):
+            self._cells: NDArray[Any] = at(address, (n_heads, capacity, vector_bytes(item, dim)), np.uint8)
+        elif self._turned:
+            self._cells = at(address, (n_heads, dim, capacity), np.float16)
+        else:
+            self._cells = at(address, (n_heads, capacity, dim), np.float16)
+        self._dim = dim
+
+    def put(self, places: NDArray[np.int64], new: Floats) -> None:
+        """Store rows [n, heads, dimension]."""
+        if self._turned:
+            self._cells[:, :, places] = new.transpose(1, 2, 0)
+        elif is_quantized(self._item):
+            to_blocks = to_q8_0 if self._item == "q8_0" else to_q4_0
+            self._cells[:, places] = to_blocks(np.ascontiguousarray(new)).transpose(1, 0, 2)
+        else:
+            self._cells[:, places] = new.transpose(1, 0, 2)
+
+    def get(self, head: int, first: int, stop: int, block: Floats) -> Floats:
+        """Return some places of a head as float32 [places, dimension], in the memory of `block`."""
+        wide = block[: (stop - first) * self._dim]
+        if self._turned:
+            across = wide.reshape(self._dim, stop - first)
+            across[...] = self._cells[head, :, first:stop]
+            return across.T
+        rows = wide.reshape(stop - first, self._dim)
+        if is_quantized(self._item):
+            return dequantize(_TYPES[self._item], self._cells[head, first:stop], rows)
+        rows[...] = self._cells[head, first:stop]
+        return rows
 
 
 def _softmax(scores: Floats, spec: AttendSpec, mask: Floats, sharing: int) -> None:

@@ -12,6 +12,8 @@ from edgelm.files.ggml_types import TensorType
 from edgelm.files.graph import GraphModel
 from edgelm.files.model import TensorInfo
 from edgelm.memory.cache_layout import CacheLayout as CacheLayout
+from edgelm.memory.cache_layout import is_quantized as is_quantized
+from edgelm.memory.cache_layout import vector_bytes as vector_bytes
 
 
 class Availability(NamedTuple):
@@ -34,6 +36,8 @@ class Capabilities(NamedTuple):
     streams: bool = True
     cache: CacheLayout = CacheLayout()
     simulated: bool = False
+    kv: frozenset[str] = frozenset({"f16"})
+    """Types that keys and values may have in the cache; see `CacheLayout`."""
     activations: Literal["f32", "int8"] = "f32"
 
 
@@ -93,6 +97,7 @@ class PassShape(NamedTuple):
     n_outputs: int
     groups: tuple[CacheGroup, ...]
     tree: bool = False
+    cache: CacheLayout = CacheLayout()
 
     def rows(self, per: str) -> int:
         return self.n_tokens if per == "token" else self.n_outputs

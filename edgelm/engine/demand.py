@@ -127,7 +127,8 @@ class Demands(Sequence[Demand]):
         windows = {layer.group: layer.window for layer in self._model.layers}
         cached = self._kept[0] if self._kept else chunk
         places = (capacity(windows[group], self._context, cached, self._cache) for group in sorted(windows))
-        return PassShape(chunk, min(chunk, self._n_rows), tuple(CacheGroup(n, n) for n in places))
+        groups = tuple(CacheGroup(n, n) for n in places)
+        return PassShape(chunk, min(chunk, self._n_rows), groups, cache=self._cache)
 
     def measured(self, plan: Plan) -> Demand:
         """Return what the segments that `plan` leads to really need."""
@@ -158,11 +159,16 @@ class Demands(Sequence[Demand]):
             reserve_bytes=RESERVE_BYTES
             + GRAPH_BYTES_PER_OP * len(model.trace.ops) // 4 * most_shapes(self._n_rows) // most_shapes(1)
             + copies * model.n_vocab * FLOAT_BYTES,
+            kv=_types_of(self._cache),
             draft_bytes=self._draft_bytes,
             n_rows=self._n_rows,
             spill=spill,
             spill_bytes=spill_bytes,
         )
+
+
+def _types_of(cache: CacheLayout) -> str:
+    return ":".join(dict.fromkeys(cache.items))
 
 
 def live_width(trace: Trace) -> int:

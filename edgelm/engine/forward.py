@@ -166,7 +166,7 @@ class Engine:
             n_outputs=self.max_rows,
             n_vocab=self.n_vocab,
             row_bytes=self._embedding.row_bytes,
-            places={group: arena.capacities[group] for group in self._groups},
+            places={group: arena.most_places(group) for group in self._groups},
         )
         resident = [
             (part.first_row, part.first_row + part.rows)
@@ -263,9 +263,10 @@ class Engine:
 
     def _pass(self, ids: Sequence[int], n_outputs: int, final: bool, parents: Sequence[int] | None = None) -> None:
         n_tokens, arena, workspace = len(ids), self.arena, self.workspace
+        arena.grow(n_tokens)
         groups = tuple(CacheGroup(arena.capacities[g], arena.length(g, n_tokens)) for g in self._groups)
         tree = parents is not None and not is_chain(parents)
-        shape = PassShape(n_tokens, n_outputs, groups, tree)
+        shape = PassShape(n_tokens, n_outputs, groups, tree, arena.layout)
         steps = self._compiled(shape)
         if not final and self.window.cycle:
             steps = [step for step in steps if step.run <= self._cut.last_write]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edgelm.engine.architecture import record
 from edgelm.engine.backend import Adopting, Backend, CacheLayout, Session, WeightLayout, layout_of
+from edgelm.engine.cache_types import layouts_for
 from edgelm.engine.demand import CHUNKS, Demands, Model, describe, with_room
 from edgelm.engine.forward import Engine
 from edgelm.engine.registry import get_architecture
@@ -20,7 +21,7 @@ from edgelm.errors import BudgetTooSmall, ConfigError, UnsupportedModel
 from edgelm.files.index import is_folder, is_genai_folder, open_indexed
 from edgelm.files.meta import Meta
 from edgelm.files.model import ModelFile
-from edgelm.memory.arena import KVArena
+from edgelm.memory.arena import KVArena, LayerCache
 from edgelm.memory.pinned import PinnedWeights
 from edgelm.memory.plan import Demand, Plan, least_weights, make_plan
 from edgelm.memory.predict import Rates
@@ -52,6 +53,8 @@ class Request:
     n_threads: int = 1
     max_outputs: int = 1
     speculate: bool = True
+    kv: str = "f16"
+    """Types of keys and values: `edgelm.engine.cache_types`."""
     draft_bytes: int = 0
     """What a draft model takes of the budget."""
     spill: bool = True
@@ -133,7 +136,43 @@ def prepare(
 
     Raises `UnsupportedModel` for a model that edgelm or the backend cannot run, `BudgetTooSmall` with the smallest
     budget that works. If the caller left the context open it is halved, down to 512, before the budget is refused.
+    Of several types that keys and values may have, the first is taken with which nothing has to be given up.
     """
+    context = request.context or default_context(file)
+
+    def layers() -> tuple[LayerCache, ...]:
+        trace = record(get_architecture(file.architecture), file, context)
+        return describe(trace, file.tensors, file.gathered).layers
+
+    found: list[Prepared] = []
+    refused: list[BudgetTooSmall] = []
+    for cache in layouts_for(request.kv, backend, layers):
+        try:
+            prepared = _prepare(file, backend, session, request, process_bytes, rates, pattern, cache)
+        except BudgetTooSmall as exc:
+            refused.append(exc)
+            continue
+        if not prepared.plan.streamed and prepared.spilling is None and prepared.plan.context == context:
+            return prepared
+        found.append(prepared)
+    if not found:
+        raise min(refused, key=lambda exc: exc.needed_bytes)
+    # where something is given up anyway, 8 bits are worth what they cost
+    return min(
+        found, key=lambda one: (one.spilling is not None, -one.plan.context, one.cache.items != ("q8_0", "q8_0"))
+    )
+
+
+def _prepare(
+    file: ModelFile,
+    backend: Backend,
+    session: Session,
+    request: Request,
+    process_bytes: int,
+    rates: Rates | None,
+    pattern: ReadPattern | None,
+    cache: CacheLayout,
+) -> Prepared:
     architecture = get_architecture(file.architecture)
     context = request.context or default_context(file)
     can = backend.capabilities()
@@ -141,9 +180,9 @@ def prepare(
         model = describe(record(architecture, file, context), file.tensors, file.gathered)
         check_types(model, backend)
         terms = Terms(context, rates, can.streams, isinstance(session, Adopting))
-        rest = (session, context, process_bytes, request.max_outputs, can.cache)
+        rest = (session, context, process_bytes, request.max_outputs, cache)
         demands = partial(Demands, draft_bytes=request.draft_bytes)
-        common = (session, request, file, process_bytes, rates, pattern, can.streams, can.cache)
+        common = (session, request, file, process_bytes, rates, pattern, can.streams, cache)
         try:
             plan = with_rows(model, partial(demands, model, *rest), request, request.budget_bytes, terms)
             return Prepared(model, plan, *common)

@@ -17,4 +17,5 @@ class Wishes(NamedTuple):
     max_outputs: int = 1
     speculate: bool = True
     draft: str | None = None
+    kv: str = "f16"
     spill: bool = True

@@ -8,18 +8,21 @@ ring, if the backend allows it. Knows positions and bytes, no model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.memory.buffer import Buffer, align_up
-from edgelm.memory.cache_layout import USUAL, CacheLayout
+from edgelm.memory.cache_layout import USUAL, CacheLayout, vector_bytes
+from edgelm.memory.cells import Cells
 
 LENGTH_STEP = 256
 """Passes see the cache in steps of this many places, so that a compiled pass serves for many tokens."""
 PLACE_STEP = 32
 _MASK_ROWS = 32
+KEPT_PLACES = 1024
+"""Places that a shorter cache keeps for the next tokens; more are given back."""
 _HANDED_OVER = 128
 """Positions that are handed over at a time: a few hundred kilobytes of numbers."""
 
@@ -69,27 +72,51 @@ class KVArena:
     def __init__(self, layers: Sequence[LayerCache], context: int, chunk: int, layout: CacheLayout = USUAL) -> None:
         self.context, self.chunk, self.layout = context, chunk, layout
         self.windows = {layer.group: layer.window for layer in layers}
-        self.capacities = {group: capacity(window, context, chunk, layout) for group, window in self.windows.items()}
+        self._most = {group: capacity(window, context, chunk, layout) for group, window in self.windows.items()}
         self._layers = tuple(layers)
+        # address space for the whole context; a page is taken when it is first written (vAttention, arXiv:2405.04437)
         self._buffer = Buffer(max(cache_bytes(layers, context, chunk, layout), 1), huge=False)
-        self.keys: list[int] = []
-        self.values: list[int] = []
-        at = self._buffer.address
+        self._cells: list[tuple[Cells, Cells]] = []
+        at = 0
         for layer in layers:
-            key_bytes, value_bytes = _layer_bytes(layer, context, chunk, layout)
-            self.keys.append(at)
-            self.values.append(at + key_bytes)
-            at += key_bytes + value_bytes
-        self._held = {group: np.full(places, -1, np.int32) for group, places in self.capacities.items()}
+            pair: list[Cells] = []
+            dims = (layer.head_dim_k, layer.head_dim_v)
+            for dim, item, order in zip(dims, layout.items, ("place_dim", layout.values), strict=True):
+                most = self._most[layer.group]
+                pair.append(Cells(self._buffer, at, layer.n_kv_heads, dim, most, item, order))
+                at += pair[-1].region_bytes
+            self._cells.append((pair[0], pair[1]))
+        self.keys = [keys.address for keys, _ in self._cells]
+        self.values = [values.address for _, values in self._cells]
+        self._held = {group: np.full(places, -1, np.int32) for group, places in self._most.items()}
+        self.capacities = dict.fromkeys(self._most, 0)
         self.n_past = 0
+
+    def grow(self, n_tokens: int) -> None:
+        """Have places for `n_tokens` more. Those of a group that is not full grow in steps; nothing is lost."""
+        for group, most in self._most.items():
+            wanted = min(most, align_up(self.n_past + n_tokens, LENGTH_STEP))
+            if wanted > self.capacities[group]:
+                self._resize(group, wanted)
+
+    def _resize(self, group: int, n_places: int) -> None:
+        self.capacities[group] = n_places
+        for layer, pair in zip(self._layers, self._cells, strict=True):
+            if layer.group == group:
+                for cells in pair:
+                    cells.resize(n_places)
 
     @property
     def n_bytes(self) -> int:
         return self._buffer.n_bytes
 
+    def most_places(self, group: int) -> int:
+        """Return the places that a group will have at the most."""
+        return self._most[group]
+
     def length(self, group: int, n_tokens: int) -> int:
         """Return how many places a pass of `n_tokens` more must see: all in use, rounded up."""
-        return min(self.capacities[group], align_up(self.n_past + n_tokens, LENGTH_STEP))
+        return min(self._most[group], align_up(self.n_past + n_tokens, LENGTH_STEP))
 
     def claim(self, group: int, n_tokens: int, places: NDArray[np.int64], mask: NDArray[np.float32]) -> None:
         """Say where the next `n_tokens` positions go, and what each may see.
@@ -97,9 +124,10 @@ class KVArena:
         Fills `places` [n_tokens] and `mask` [n_tokens, length] with 0 where a place holds a visible position, -inf
         elsewhere. The positions count only after `advance`.
         """
+        self.grow(n_tokens)
         held = self._held[group]
         positions = np.arange(self.n_past, self.n_past + n_tokens, dtype=np.int32)
-        np.remainder(positions, self.capacities[group], out=places)
+        np.remainder(positions, len(held), out=places)
         held[places] = positions
         seen = held[: mask.shape[1]]
         window = self.windows[group]
@@ -119,7 +147,8 @@ class KVArena:
         siblings do not share one. They count only after `keep`.
         """
         held, n_tokens = self._held[group], len(parents)
-        np.remainder(np.arange(self.n_past, self.n_past + n_tokens), self.capacities[group], out=places)
+        self.grow(n_tokens)
+        np.remainder(np.arange(self.n_past, self.n_past + n_tokens), len(held), out=places)
         positions = self.n_past + depths(parents)
         held[places] = -1
         seen = held[: mask.shape[1]]
@@ -147,10 +176,10 @@ class KVArena:
         assert all(row > at for row, at in moved), "the rows of a path come in order"
         if moved:
             sources, targets = (self.n_past + np.asarray(one) for one in zip(*moved, strict=True))
-            for layer, facts in enumerate(self._layers):
-                n_places = self.capacities[facts.group]
-                for view in self._views(layer):
-                    view[:, targets % n_places] = view[:, sources % n_places]
+            for facts, pair in zip(self._layers, self._cells, strict=True):
+                n_places = self._most[facts.group]
+                for cells in pair:
+                    cells.move(sources % n_places, targets % n_places)
         claimed = np.arange(self.n_past, self.n_past + n_claimed)
         for held in self._held.values():
             held[claimed % len(held)] = -1
@@ -173,6 +202,11 @@ class KVArena:
             for held in self._held.values():
                 held.fill(-1)
         self.n_past = n_past
+        for group, most in self._most.items():
+            needed = min(most, align_up(n_past, LENGTH_STEP))
+            # a draft that was wrong is no reason to move rows together
+            if needed + KEPT_PLACES < self.capacities[group] or not n_past:
+                self._resize(group, needed)
         return n_past
 
     def held(self, layer: int) -> NDArray[np.int32]:
@@ -186,19 +220,14 @@ class KVArena:
         Raises `ValueError` if the layer does not hold all of them.
         """
         places = self._places(layer, first, n)
-        keys, values = self._views(layer)
-        return (
-            keys[:, places].transpose(1, 0, 2).astype(np.float32),
-            values[:, places].transpose(1, 0, 2).astype(np.float32),
-        )
+        keys, values = self._cells[layer]
+        return keys.get(places), values.get(places)
 
     def import_(self, layer: int, first: int, keys: NDArray[np.float32], values: NDArray[np.float32]) -> None:
         """Store what `export` returned, rounded to this cache's items. Raises `ValueError` as `export` does."""
         places = self._places(layer, first, len(keys))
-        own_keys, own_values = self._views(layer)
-        with np.errstate(over="ignore"):  # as in a backend that stores such numbers itself
-            own_keys[:, places] = keys.transpose(1, 0, 2)
-            own_values[:, places] = values.transpose(1, 0, 2)
+        for cells, numbers in zip(self._cells[layer], (keys, values), strict=True):
+            cells.put(places, numbers)
 
     def copy_from(self, other: KVArena) -> None:
         """Take over what another cache of the same model stores, whatever the layouts of the two.
@@ -209,6 +238,7 @@ class KVArena:
         if self._layers != other._layers or other.n_past > self.context:
             raise ValueError(f"a cache of {other.n_past} positions of this model does not fit in one of {self.context}")
         self.n_past = other.n_past
+        self.grow(0)
         for group, held in self._held.items():
             positions = other._held[group]
             latest = positions[(positions >= max(self.n_past - len(held), 0)) & (positions < self.n_past)]
@@ -229,24 +259,11 @@ class KVArena:
             raise ValueError(f"layer {layer} does not hold all of the positions {first} to {first + n - 1}")
         return places
 
-    def _views(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return keys and values of a layer as [head, place, dimension]."""
-        facts, dtype = self._layers[layer], self.layout.dtype
-        n_heads, n_places = facts.n_kv_heads, self.capacities[facts.group]
-        start = self.keys[layer] - self._buffer.address
-        keys = np.frombuffer(self._buffer.view, dtype, n_heads * n_places * facts.head_dim_k, start)
-        start = self.values[layer] - self._buffer.address
-        values = np.frombuffer(self._buffer.view, dtype, n_heads * n_places * facts.head_dim_v, start)
-        if self.layout.values == "dim_place":
-            by_head = values.reshape(n_heads, facts.head_dim_v, n_places).transpose(0, 2, 1)
-        else:
-            by_head = values.reshape(n_heads, n_places, facts.head_dim_v)
-        return keys.reshape(n_heads, n_places, facts.head_dim_k), by_head
-
     def close(self) -> None:
         self._buffer.release()
 
 
 def _layer_bytes(layer: LayerCache, context: int, chunk: int, layout: CacheLayout) -> tuple[int, int]:
-    cells = capacity(layer.window, context, chunk, layout) * layer.n_kv_heads * np.dtype(layout.dtype).itemsize
-    return cells * layer.head_dim_k, cells * layer.head_dim_v
+    places = capacity(layer.window, context, chunk, layout) * layer.n_kv_heads
+    keys, values = layout.items
+    return places * vector_bytes(keys, layer.head_dim_k), places * vector_bytes(values, layer.head_dim_v)

@@ -45,6 +45,8 @@ class Demand(NamedTuple):
     reserve_bytes: int
     beside_bytes: int = 0
     """What another backend takes, which computes the prompts."""
+    kv: str = "f16"
+    """Types of keys and values."""
     draft_bytes: int = 0
     """What a draft model takes, all of it."""
     n_rows: int = 1
@@ -67,7 +69,7 @@ class Demand(NamedTuple):
         items = (
             ("interpreter, libraries and tokenizer", self.process_bytes),
             ("norms and biases", self.constants_bytes),
-            ("KV cache", self.kv_bytes),
+            ("KV cache" + (f", {self.kv}" if self.kv != "f16" else ""), self.kv_bytes),
             ("scratch of the backend", self.scratch_bytes),
             ("activations, masks and logits", self.state_bytes),
             ("reserve", self.reserve_bytes),

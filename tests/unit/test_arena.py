@@ -43,7 +43,7 @@ def claim(arena: KVArena, naive: dict[int, Naive], n_tokens: int) -> None:
         places, mask = np.zeros(n_tokens, np.int64), np.full((n_tokens, length), 7.0, np.float32)
         arena.claim(group, n_tokens, places, mask)
         assert len(set(places.tolist())) == n_tokens
-        assert places.max() < length <= arena.capacities[group]
+        assert places.max() < length <= arena.most_places(group)
         reference.write(places.tolist(), positions)
         for position, row in zip(positions, mask, strict=True):
             assert set(row.tolist()) <= {0.0, -np.inf}
@@ -62,7 +62,7 @@ def test_masks_show_exactly_what_a_position_may_see(
     window: int, context: int, chunk: int, steps: list[tuple[str, float]]
 ) -> None:
     arena = arena_of(window, context, chunk)
-    naive = {FULL: Naive(0, arena.capacities[FULL]), RING: Naive(window, arena.capacities[RING])}
+    naive = {FULL: Naive(0, arena.most_places(FULL)), RING: Naive(window, arena.most_places(RING))}
     for step, share in steps:
         n_tokens = min(1 + int(share * (chunk - 1)), context - arena.n_past)
         if step == "truncate":
@@ -98,7 +98,7 @@ def test_length_grows_in_steps_up_to_the_capacity() -> None:
     arena.advance(256)
     assert [arena.length(FULL, 1), arena.length(RING, 1)] == [2 * LENGTH_STEP, 128]
     arena.advance(700)
-    assert arena.length(FULL, 44) == 1000 + 24 == arena.capacities[FULL]
+    assert arena.length(FULL, 44) == 1000 + 24 == arena.most_places(FULL)
     arena.close()
 
 
@@ -170,10 +170,10 @@ def test_what_is_stored_can_be_handed_over_to_any_layout(source: CacheLayout, ta
             if n_past:
                 ours, theirs = (one.export(layer, int(held[0]), len(held)) for one in (second, first))
                 assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
-        naive = {FULL: Naive(0, second.capacities[FULL]), RING: Naive(20, second.capacities[RING])}
+        naive = {FULL: Naive(0, second.most_places(FULL)), RING: Naive(20, second.most_places(RING))}
         for layer, group in enumerate((FULL, RING)):
             for position in second.held(layer).tolist():
-                naive[group].places[position % second.capacities[group]] = position
+                naive[group].places[position % second.most_places(group)] = position
         claim(second, naive, 12)
         first.close()
         second.close()

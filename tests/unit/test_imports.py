@@ -44,7 +44,8 @@ SHARED_BY_ARCHITECTURES = {"edgelm_models.parts", "edgelm_models.configs"}
 BACKEND_MAY = {
     "edgelm.errors", "edgelm.sizes", "edgelm.engine.backend", "edgelm.engine.ir", "edgelm.engine.rope",
     "edgelm.engine.arrays", "edgelm.engine.lanes",
-    "edgelm.files.blocks", "edgelm.files.ggml_types", "edgelm.files.model", "edgelm.files.affine", "edgelm.files.graph",
+    "edgelm.files.blocks", "edgelm.files.quantize", "edgelm.memory.cache_layout",
+    "edgelm.files.ggml_types", "edgelm.files.model", "edgelm.files.affine", "edgelm.files.graph",
 }  # fmt: skip
 APPS_MAY = {"edgelm", "edgelm.errors", "edgelm.sizes"}
 CATALOGUE_MAY = BASE | {
