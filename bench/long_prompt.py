@@ -29,12 +29,12 @@ SLACK = 500_000
 
 def child(spec: dict[str, Any]) -> dict[str, Any]:
     """Answer within one budget, or find out about budgets without answering (`find`)."""
-    options = {key: spec[key] for key in ("context", "threads", "backend")}
+    options = {"speculate": False, **{key: spec[key] for key in ("context", "threads", "backend")}}
     if spec.get("find") == "floor":
         return {"bytes": floor(spec["model"], options)}
     if spec.get("find") == "excess":
         return {"bytes": excess_bytes(spec["model"], spec["memory"], options)}
-    with edgelm.load(spec["model"], memory=spec["memory"], speculate=False, **options) as model:
+    with edgelm.load(spec["model"], memory=spec["memory"], **options) as model:
         ids = model.tokenizer.encode(spec["prompt"])
         margins: list[float] = []
 
@@ -112,7 +112,7 @@ def measure(report: common.Report, model: Path, threads: int, backend: str) -> N
     def run(memory: int, **more: str) -> list[str]:
         return [*argv, json.dumps({**spec, **more, "memory": memory})]
 
-    budget = int(common.run(run(0, find="floor")).json()["bytes"]) - 1
+    budget = int(common.run(run(0, find="floor")).json()["bytes"]) - 4 * SLACK
     for _ in range(3):  # children differ by a few hundred kilobytes
         excess = int(common.run(run(budget, find="excess")).json()["bytes"])
         budget -= excess - SLACK

@@ -59,7 +59,7 @@ def weigh(path: str, host_bytes: int, wishes: Mapping[str, Any]) -> dict[str, An
     return {
         "decode_tps": plan.predicted_decode_tps,
         "planned_bytes": plan.planned_bytes - host_bytes,
-        "streamed_bytes": plan.streamed_bytes,
+        "streamed_bytes": plan.streamed_bytes + plan.demand.spilled_bytes,
         "prepared_bytes": file.file_bytes[0] if packed else 0,
         "prepared_path": str(file.paths[0]) if packed else "",
         "loss": "; ".join(ready.lost),

@@ -252,6 +252,8 @@ class KVArena:
 
     def _places(self, layer: int, first: int, n: int) -> NDArray[np.int64]:
         """Return where positions lie."""
+        if not self._layers[layer].n_kv_heads:
+            raise ValueError(f"keys and values of layer {layer} are kept elsewhere")
         held = self._held[self._layers[layer].group]
         positions = np.arange(first, first + n)
         places = positions % len(held)

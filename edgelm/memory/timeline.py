@@ -27,7 +27,8 @@ _ROW = np.dtype([("kind", "u1"), ("index", "u4"), ("begin_s", "f8"), ("end_s", "
 class Event:
     """One thing that happened; times count from the start of the recording.
 
-    `read`: a reader fetched run `index`. `wait`: the compute thread waited for that run. `compute`: the program of run
+    `read`: a reader fetched run `index`, or keys and values of layer `index`.
+    `wait`: the compute thread waited for that run. `compute`: the program of run
     `index` ran. `sample`: token number `index` was chosen. `token`: it was handed on, a moment without length.
     """
 

@@ -26,6 +26,13 @@ class FakeUsage:
     rss_bytes: int = 80 * MB
     peak_bytes: int = 90 * MB
     bytes_streamed: int = 70 * MB
+    kv_bytes_spilled: int = 0
+    kv_bytes_read: int = 0
+    passes: int = 2
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    tokens_per_pass: float = 1.0
+    bytes_per_token: float = 35.0 * MB
     elapsed_s: float = 2.0
     compute_s: float = 0.6
     wait_s: float = 1.2
@@ -44,6 +51,7 @@ class FakeChunk:
     token_id: int | None
     finish_reason: str | None
     usage: FakeUsage
+    logprobs: None = None
 
 
 @dataclass(frozen=True)

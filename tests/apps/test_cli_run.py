@@ -39,7 +39,8 @@ def test_json_has_the_documented_fields(edgelm_command, engine, model_file):
     }  # fmt: skip
     assert set(answer["stats"]) == {
         "ttft_s", "prefill_tps", "decode_tps", "peak_bytes", "bytes_streamed", "predicted_decode_tps",
-        "elapsed_s", "compute_s", "wait_s", "sample_s", "other_s", "read_s",
+        "elapsed_s", "compute_s", "wait_s", "sample_s", "other_s", "read_s", "kv_bytes_spilled", "kv_bytes_read",
+        "passes", "drafted_tokens", "accepted_tokens", "tokens_per_pass", "bytes_per_token",
     }  # fmt: skip
     assert answer["text"] == "echo: none#1 hi"
     assert answer["token_ids"] == [100, 101, 102]

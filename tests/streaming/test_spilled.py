@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from engines import BACKENDS, engine_at, in_layout, need, shrink
 
-from edgelm.engine import loading
+from edgelm.engine import demand, loading
 from edgelm.engine.backend import Adopting
 from edgelm.engine.demand import Demands
 from edgelm.engine.forward import Engine
-from edgelm.engine.loading import Prepared, Request, build, prepare, replan
+from edgelm.engine.loading import Prepared, Request, build, open_path, prepare, replan
 from edgelm.engine.registry import get_backend
 from edgelm.engine.spilling import spilling_of
 from edgelm.errors import BudgetTooSmall, Cancelled
@@ -24,6 +24,7 @@ from edgelm.memory.spill_shape import PLACES
 from edgelm.memory.stores import MemoryStore, ThrottledStore
 from edgelm.sizes import GB
 from edgelm.testing import tiny_model
+from edgelm.text.tokenizer import load_tokenizer
 
 CONTEXT, N_PROMPT = 1280, 1100
 IDS = np.random.default_rng(3).integers(3, 250, CONTEXT).tolist()
@@ -43,19 +44,26 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def prepared_to_spill(
-    path: Path, *, backend: str = "numpy", extra: int = 0, more_bytes: int = GB, n_threads: int = 1
+    path: Path,
+    *,
+    backend: str = "numpy",
+    extra: int = 0,
+    more_bytes: int = GB,
+    n_threads: int = 1,
+    n_rows: int = 1,
+    context: int = CONTEXT,
 ) -> Prepared:
     """Return a plan whose layers may spill, `extra` blocks kept beside the least, with `more_bytes` than the floor."""
     chosen = get_backend(need(backend))
     session = chosen.open(n_threads)
-    request = Request(GB, CONTEXT, n_threads, speculate=False)
+    request = Request(GB, context, n_threads, speculate=False)
     prepared = prepare(in_layout(path, chosen), chosen, session, request, 0, None)
     model, spilling = spilling_of(prepared.model, n_threads) or (None, None)
     assert model is not None
     assert spilling is not None
     spilling = spilling._replace(extra=extra)
-    demands = Demands(model, session, CONTEXT, 0, 1, prepared.cache, spilling=spilling)
-    terms = loading.Terms(CONTEXT, None, prepared.streams, isinstance(session, Adopting))
+    demands = Demands(model, session, context, 0, 1, prepared.cache, n_rows=n_rows, spilling=spilling)
+    terms = loading.Terms(context, None, prepared.streams, isinstance(session, Adopting))
     with pytest.raises(BudgetTooSmall) as caught:
         loading.settle(model, demands, 1, terms)
     plan = loading.settle(model, demands, caught.value.needed_bytes + more_bytes, terms)
@@ -136,15 +144,24 @@ def test_a_pass_that_is_cancelled_leaves_the_cache_as_it_was(models: dict[str, P
         assert np.array_equal(engine.forward(IDS[:N_PROMPT])[-1], expected[0])
 
 
-def test_drafts_form_a_chain_and_what_is_not_kept_is_forgotten(models: dict[str, Path]) -> None:
-    with opened(prepared_to_spill(models["llama"])) as engine:
-        engine.forward(IDS[:N_PROMPT])
+@pytest.mark.parametrize("backend", ["numpy", "llamacpp"])
+def test_drafts_form_a_chain_and_what_is_not_kept_is_forgotten(models: dict[str, Path], backend: str) -> None:
+    """The drafts begin in one block and end in the next, which pushes another one out of memory."""
+    n_prompt, drafted = 4 * PLACES - 2, IDS[-4:]
+    with opened(prepared_to_spill(models["llama"], backend=backend, n_rows=4)) as engine:
+        assert engine.max_rows == 4
         assert not engine.trees
-        assert engine.plan.demand.n_rows == engine.max_rows
-        engine.truncate(N_PROMPT - 3)
-        one = [engine.forward([token])[-1].copy() for token in IDS[N_PROMPT - 3 : N_PROMPT]]
-        engine.truncate(N_PROMPT - 3)
-        assert np.abs(engine.forward(IDS[N_PROMPT - 3 : N_PROMPT])[-1] - one[-1]).max() < NOISE["numpy"]
+        engine.forward(IDS[:n_prompt])
+        one_by_one = [engine.forward([token])[-1].copy() for token in drafted]
+        engine.truncate(n_prompt)
+        rows = engine.verify(drafted, (-1, 0, 1, 2))
+        for i, expected in enumerate(one_by_one):
+            assert np.abs(rows[i] - expected).max() < NOISE[backend]
+        engine.keep((0, 1))
+        assert engine.n_past == n_prompt + 2
+        assert np.abs(engine.forward([drafted[2]])[-1] - one_by_one[2]).max() < NOISE[backend]
+        with pytest.raises(ValueError, match="kept elsewhere"):
+            engine.arena.export(0, 0, 1)
 
 
 def test_another_budget_keeps_the_cache(models: dict[str, Path]) -> None:
@@ -207,3 +224,28 @@ def test_reads_wait_for_the_same_simulated_flash(models: dict[str, Path]) -> Non
     least_s = (engine.plan.streamed_bytes + 2 * engine.plan.demand.spill.step_bytes) / GB  # type: ignore[union-attr]
     assert device._free_at[0] - before > 0.99 * least_s
     engine.close()
+
+
+@pytest.mark.models
+@pytest.mark.slow
+def test_a_real_model_answers_the_same_tokens(
+    real_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long text, a quarter of its keys and values in memory; `bench/long_prompt.py` has the full length."""
+    monkeypatch.setattr(demand, "CHUNKS", (256,))
+    path, context, n_tokens = real_model("smollm2-135m-instruct"), 2048, 32
+    text = Path(__file__).parents[2].joinpath("bench/prompt.txt").read_text()
+    ids = load_tokenizer(open_path(path)).encode(text * 20)[: context - n_tokens - 1]
+
+    def answer(engine: Engine) -> list[int]:
+        found = [int(engine.forward(ids)[-1].argmax())]
+        while len(found) < n_tokens:
+            found.append(int(engine.forward(found[-1:])[-1].argmax()))
+        return found
+
+    with engine_at(path, GB, backend=need("llamacpp"), context=context) as engine:
+        expected = answer(engine)
+    with opened(prepared_to_spill(path, backend="llamacpp", n_threads=2, context=context)) as engine:
+        assert engine.plan.demand.spill is not None
+        assert engine.plan.demand.spill.resident == context // 4
+        assert answer(engine) == expected
