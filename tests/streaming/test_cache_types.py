@@ -1,0 +1,199 @@
+"""Keys and values in fewer bits, in a cache that takes memory as it grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engines import need, shrink
+
+import edgelm
+from edgelm import opening
+from edgelm.engine.cache_types import AUTO, parse_types
+from edgelm.errors import ConfigError, UnsupportedModel
+from edgelm.files.blocks import dequantize
+from edgelm.files.ggml_types import TensorType
+from edgelm.files.quantize import to_q4_0, to_q8_0
+from edgelm.memory.arena import KVArena, LayerCache
+from edgelm.memory.cache_layout import CacheLayout, vector_bytes
+from edgelm.memory.platform import current_platform
+from edgelm.memory.predict import Rates
+from edgelm.sizes import GB, MIB
+from edgelm.testing import tiny_model
+
+IDS = np.random.default_rng(8).integers(3, 250, 40).tolist()
+LOST = {"q8_0": 0.4, "q4_0": 4.0, "q8_0:q4_0": 3.0}
+"""What logits of a tiny model may move by, which are some units large."""
+
+
+@pytest.fixture(autouse=True)
+def _measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    wide = {"head_dim": 32}
+    return {
+        name: tiny_model(folder / f"{name}.gguf", name, n_vocab=384, **wide) for name in ("llama", "gemma3", "gemma2")
+    }
+
+
+# --- rounding
+
+
+@pytest.mark.parametrize(("name", "rounded"), [("Q8_0", to_q8_0), ("Q4_0", to_q4_0)])
+def test_blocks_are_rounded_as_ggml_rounds_them(name: str, rounded: object) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="ggml is the oracle here")
+    import ctypes
+
+    library = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.so*"))))
+    quantize = getattr(library, f"quantize_row_{name.lower()}_ref")
+    numbers = np.random.default_rng(0).normal(0, 3, (64, 128)).astype(np.float32)
+    numbers[0] = 0.0
+    numbers[1, :32] = 1.5
+    ours = rounded(numbers)  # type: ignore[operator]
+    theirs = np.empty(ours.size, np.uint8)
+    quantize(
+        numbers.ctypes.data_as(ctypes.c_void_p), theirs.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(numbers.size)
+    )
+    assert np.array_equal(ours.reshape(-1), theirs)
+    assert ours.shape[1] == vector_bytes(name.lower(), 128)  # type: ignore[arg-type]
+    assert np.abs(dequantize(TensorType[name], ours) - numbers).max() < (0.1 if name == "Q8_0" else 1.5)
+
+
+# --- models
+
+
+@pytest.mark.parametrize("backend", ["numpy", "llamacpp"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gemma2"])
+@pytest.mark.parametrize("kv", ["q8_0", "q4_0", "q8_0:q4_0"])
+def test_fewer_bits_change_logits_a_little_and_memory_a_lot(
+    models: dict[str, Path], backend: str, architecture: str, kv: str
+) -> None:
+    """With rings that are crossed and soft-capped scores."""
+    scores = {}
+    for types in ("f16", kv):
+        with edgelm.load(
+            models[architecture], memory=GB, backend=need(backend), threads=1, context=64, kv=types
+        ) as model:
+            scores[types] = model.score_ids(IDS, 4), model.plan.demand.kv_bytes
+    ours, plain = (np.array(scores[types][0].logprobs) for types in (kv, "f16"))
+    assert 0 < np.abs(ours - plain).max() < LOST[kv]
+    least = 9 / 32 if kv == "q4_0" else 17 / 32 if kv == "q8_0" else 13 / 32
+    assert scores[kv][1] == pytest.approx(scores["f16"][1] * least, rel=1e-6)
+
+
+def test_both_backends_round_alike(models: dict[str, Path]) -> None:
+    found = []
+    for backend in ("numpy", need("llamacpp")):
+        with edgelm.load(models["llama"], memory=GB, backend=backend, threads=1, context=64, kv="q8_0") as model:
+            found.append(np.array(model.score_ids(IDS, 4).logprobs))
+    assert np.abs(found[0] - found[1]).max() < 0.2
+
+
+def test_auto_takes_fewer_bits_where_that_keeps_the_weights_in_memory(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch)
+    options = {"backend": "numpy", "threads": 1, "context": 1024, "speculate": False}
+    path = models["llama"]
+    monkeypatch.setattr(opening, "process_bytes_of", lambda _: 0)
+    plain = edgelm.plan(path, memory=GB, **options)  # type: ignore[arg-type]
+    assert edgelm.plan(path, memory=GB, kv="auto", **options).demand.kv == "f16"  # type: ignore[arg-type]
+    tight = edgelm.plan(path, memory=plain.planned_bytes - 50_000, kv="auto", **options)  # type: ignore[arg-type]
+    assert tight.demand.kv == "q8_0"
+    assert "KV cache, q8_0" in dict(tight.items())
+    assert not tight.streamed
+
+
+def test_what_cannot_be_is_a_sentence(models: dict[str, Path], tmp_path: Path) -> None:
+    assert parse_types("auto") == AUTO
+    assert parse_types("q8_0:q4_0") == (("q8_0", "q4_0"),)
+    for wrong in ("q5", "f16:", "q8_0:nope", "f32"):
+        with pytest.raises(ConfigError, match="unknown type"):
+            parse_types(wrong)
+    with pytest.raises(UnsupportedModel, match="mlx backend keeps keys and values as f16 only"):
+        edgelm.plan(models["llama"], memory=GB, backend=need("mlx"), kv="q8_0")
+    odd = tiny_model(tmp_path / "odd.gguf", "llama", n_vocab=384)
+    with pytest.raises(UnsupportedModel, match="cannot be cut into blocks of 32"):
+        edgelm.plan(odd, memory=GB, backend="numpy", kv="q8_0")
+
+
+# --- growing
+
+
+def resident() -> int:
+    return current_platform().rss_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="resident pages are counted by Linux here")
+@pytest.mark.parametrize("kinds", [("f16", "dim_place"), ("f16", "place_dim"), ("q8_0", "place_dim")])
+def test_the_cache_takes_pages_as_it_grows_and_gives_them_back(kinds: tuple[str, str]) -> None:
+    """vAttention's test, with steps of 256 places: an eighth of a context takes an eighth of the memory."""
+    item, order = kinds
+    layers = [LayerCache(0, 0, 3, 64, 64)] * 30
+    layout = CacheLayout(item, order)  # type: ignore[arg-type]
+    arena = KVArena(layers, 8192, 512, layout)
+    per_token = arena.n_bytes // 8192
+    before, mask, places = resident(), np.empty((512, 8192), np.float32), np.empty(512, np.int64)
+    mask.fill(0.0)
+    before = resident()
+    numbers = np.random.default_rng(0).normal(0, 1, (512, 3, 64)).astype(np.float32)
+    for n_past in (0, 512):
+        arena.claim(0, 512, places, mask[:, : arena.length(0, 512)])
+        arena.advance(512)
+        for layer in range(30):
+            arena.import_(layer, n_past, numbers, -numbers)
+    taken = resident() - before
+    assert 0.95 * 1024 * per_token < taken < 1024 * per_token + 2 * MIB
+    keys, values = arena.export(7, 500, 300)
+    assert np.abs(keys - numbers[np.arange(500, 800) % 512]).max() < 0.05
+    assert np.abs(values + numbers[np.arange(500, 800) % 512]).max() < 0.05
+    assert arena.truncate(0) == 0
+    assert resident() - before < 2 * MIB
+    arena.close()
+
+
+@pytest.mark.parametrize("values", ["dim_place", "place_dim"])
+def test_rows_that_move_apart_and_together_keep_their_numbers(values: str) -> None:
+    rng = np.random.default_rng(1)
+    layers = [LayerCache(0, 0, 2, 8, 16), LayerCache(1, 300, 1, 8, 8)]
+    arena = KVArena(layers, 4096, 64, CacheLayout("f32", values))  # type: ignore[arg-type]
+    stored = [np.empty((0, layer.n_kv_heads, dim), np.float32) for layer in layers for dim in layer[3:]]
+    for step in (64, 64, 64, 64, 64, -250, 64, 64):
+        if step < 0:
+            kept = arena.truncate(arena.n_past + step)
+            stored = [one[:kept] for one in stored]
+            continue
+        while arena.n_past % 64 or step:
+            places = {group: np.empty(step, np.int64) for group in (0, 1)}
+            for group in (0, 1):
+                arena.claim(group, step, places[group], np.empty((step, arena.length(group, step)), np.float32))
+            arena.advance(step)
+            first = arena.n_past - step
+            new = [
+                rng.normal(size=(step, layer.n_kv_heads, dim)).astype(np.float32)
+                for layer in layers
+                for dim in layer[3:]
+            ]
+            for layer in range(2):
+                arena.import_(layer, first, new[2 * layer], new[2 * layer + 1])
+            stored = [np.concatenate(pair) for pair in zip(stored, new, strict=True)]
+            break
+    for layer in range(2):
+        first = int(arena.held(layer)[0])
+        for ours, theirs in zip(
+            arena.export(layer, first, arena.n_past - first), stored[2 * layer : 2 * layer + 2], strict=True
+        ):
+            assert np.array_equal(ours, theirs[first:])
+
+
+def test_a_plan_counts_the_whole_context(models: dict[str, Path]) -> None:
+    sizes = {
+        context: edgelm.plan(models["llama"], memory=GB, backend="numpy", threads=1, context=context).demand.kv_bytes
+        for context in (1024, 4096)
+    }
+    assert sizes[4096] == 4 * sizes[1024]
