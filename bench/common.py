@@ -81,6 +81,15 @@ def text_of(model: Path, n_tokens: int, start: str = "") -> str:
     return text
 
 
+def prose() -> str:
+    """Return some three thousand words of different kinds: a story, articles, programs, questions."""
+    texts = [(HERE / "prompt.txt").read_text()]
+    for name in ("summarise", "edit", "chat", "story", "list"):
+        lines = (HERE / "prompts" / f"{name}.jsonl").read_text().splitlines()
+        texts += [json.loads(line)["user"] for line in lines]
+    return "\n\n".join(texts)
+
+
 # -- this machine --------------------------------------------------------------------------------------
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
-from edgelm.errors import ConfigError, ContextOverflow
+from edgelm.errors import ConfigError, ContextOverflow, ModelFileError
+from edgelm.files.writing import whole_or_nothing
 
 if TYPE_CHECKING:
-    from edgelm.model import Model, Options
+    from edgelm.model import Model
+    from edgelm.options import Options
     from edgelm.text.messages import Message
     from edgelm.text.prompt import Prompt
     from edgelm.turns import Turn
@@ -26,10 +31,10 @@ class Chat:
     them as they were; one that is cancelled keeps the text so far.
     """
 
-    def __init__(self, model: Model, system: str | None, overflow: Overflow) -> None:
+    def __init__(self, model: Model, system: str | None, overflow: Overflow, keep: bool = False) -> None:
         if overflow not in ("error", "trim"):
             raise ConfigError(f"overflow must be 'error' or 'trim', got {overflow!r}")
-        self._model, self._overflow = model, overflow
+        self._model, self._overflow, self._keep = model, overflow, keep
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def send(self, text: str, **options: Unpack[Options]) -> str:
@@ -46,7 +51,7 @@ class Chat:
         stops = options.get("stop", ())
         options["stop"] = [*([stops] if isinstance(stops, str) else stops), *self._model.template.stops]
         answer: list[str] = []
-        chunks = self._model.stream_turn(turn, lambda: ids, options)
+        chunks = self._model.stream_turn(turn, lambda: ids, options, self._kept_ids())
         answered = False
         try:
             for chunk in chunks:
@@ -65,6 +70,47 @@ class Chat:
     def render(self, text: str) -> str:
         """Return the prompt that `text` would lead to, as the model reads it."""
         return self._render(self.messages, {"role": "user", "content": text}).text
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the conversation to `path` as JSON, and beside it (`.kv`) what the model has computed of it.
+
+        The second file only spares time: without it `load` computes the conversation again.
+        """
+        target = Path(path)
+        content = {"edgelm": 1, "model": self._model.file.name, "messages": self.messages}
+        with whole_or_nothing(target) as file:
+            file.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
+        self._model.save_cache(target.with_suffix(".kv"))
+
+    def load(self, path: str | PathLike[str]) -> str:
+        """Go on with a conversation that was saved; return a sentence on what has to be computed again, or nothing.
+
+        Raises `ConfigError` for a file that is no conversation; nothing has changed then.
+        """
+        source = Path(path)
+        try:
+            content = json.loads(source.read_bytes())
+            messages = [{"role": str(one["role"]), "content": str(one["content"])} for one in content["messages"]]
+        except OSError as error:
+            raise ConfigError(f"{source} cannot be read ({error.strerror}); check the name") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{source} is no saved conversation; save one with /save or `Chat.save`") from error
+        self.messages[:] = messages
+        try:
+            self._model.load_cache(source.with_suffix(".kv"))
+        except (OSError, ConfigError, ModelFileError) as error:
+            why = "nothing of it was saved" if isinstance(error, FileNotFoundError) else str(error)
+            return f"the conversation is computed again with its next turn: {why}"
+        return ""
+
+    def _kept_ids(self) -> list[int]:
+        """Return the ids that every prompt of this conversation begins with, if they are to be kept."""
+        if not self._keep or not self._first_turn:
+            return []
+        encode, system = self._model.tokenizer.encode_prompt, self.messages[:1]
+        one, other = (encode(self._render(system, {"role": "user", "content": text})) for text in ("a", "1"))
+        same = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
+        return one[:same]
 
     def clear(self) -> None:
         """Forget everything but the system message."""

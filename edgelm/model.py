@@ -5,16 +5,18 @@ One model serves many threads: calls queue. Everything of ids is in `engine`, of
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import AbstractContextManager, aclosing
 from functools import partial
+from os import PathLike
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from edgelm.engine.generate import Conversation, FinishReason, token_ids
 from edgelm.engine.logprobs import MOST as MOST_LOGPROBS
 from edgelm.engine.logprobs import Watched, scored
-from edgelm.engine.sampling import Processor, Sampler, Sampling, make_sampler
+from edgelm.engine.sampling import Sampler, make_sampler
 from edgelm.engine.speculation.speculator import Speculator
 from edgelm.errors import Cancelled, ConfigError, ContextOverflow
 from edgelm.files.model import ModelFile
@@ -23,6 +25,7 @@ from edgelm.memory.plan import Plan
 from edgelm.memory.platform.allocator import trim
 from edgelm.memory.timeline import Timeline
 from edgelm.opening import Opened
+from edgelm.options import DRY_BREAKERS, FORMS, OWN_OPTIONS, Options, sampling_of
 from edgelm.sizes import parse_size
 from edgelm.text.stops import StopMatcher
 from edgelm.text.tokenizer import Tokenizer
@@ -34,60 +37,6 @@ if TYPE_CHECKING:
     from edgelm.chat import Chat, Overflow
     from edgelm.structured import Forms
     from edgelm.text.template import ChatTemplate
-
-
-class Options(TypedDict, total=False):
-    """Options of a generation; those not listed here by name are fields of `Sampling`."""
-
-    max_tokens: int | None
-    stop: str | Iterable[str]
-    ignore_eos: bool
-    timeout_s: float | None
-    processors: Sequence[Processor]
-    speculate: bool
-    logprobs: int | None
-    json_schema: Mapping[str, Any] | bool
-    regex: str
-    grammar: str
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    typical_p: float
-    repeat_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    penalty_last_n: int
-    dry_multiplier: float
-    dry_base: float
-    dry_allowed_length: int
-    dry_penalty_last_n: int
-    dry_breakers: Iterable[str]
-    top_n_sigma: float
-    xtc_probability: float
-    xtc_threshold: float
-    dynatemp_range: float
-    dynatemp_exponent: float
-    mirostat_tau: float
-    mirostat_eta: float
-    logit_bias: dict[int, float]
-    seed: int | None
-
-
-DRY_BREAKERS = ("\n", ":", '"', "*")
-"""Texts that end a repetition, unless others are given: those of llama.cpp."""
-_FORMS = ("json_schema", "regex", "grammar")
-_OWN_OPTIONS = (
-    "max_tokens",
-    "stop",
-    "ignore_eos",
-    "timeout_s",
-    "processors",
-    "speculate",
-    "logprobs",
-    "dry_breakers",
-    *_FORMS,
-)
 
 
 class Model:
@@ -110,6 +59,7 @@ class Model:
         self.turns = Turns(self._abort)
         self._template: ChatTemplate | None = None
         self._forms: Forms | None = None
+        self._identity = ""
         self._more_bytes = 0  # what was loaded later than the model, and is not in its plan's process
         self._meter = Meter()
         self.asked_bytes = opened.engine.plan.budget_bytes
@@ -155,24 +105,31 @@ class Model:
         """Return what follows `prompt`, without a chat template."""
         return "".join(chunk.text for chunk in self.stream(prompt, **options))
 
-    def chat(self, system: str | None = None, *, overflow: Overflow = "error") -> Chat:
-        """Return a new conversation. `overflow="trim"` drops the oldest turns when the context is full."""
+    def chat(self, system: str | None = None, *, overflow: Overflow = "error", keep: bool = False) -> Chat:
+        """Return a new conversation. `overflow="trim"` drops the oldest turns when the context is full.
+
+        `keep`: the keys and values of the system message are kept in the cache folder, so that the first answer of the
+        next process comes sooner.
+        """
         from edgelm.chat import Chat
 
-        return Chat(self, system, overflow)
+        return Chat(self, system, overflow, keep)
 
     def stream_ids(self, ids: Sequence[int], **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """Yield what follows a prompt given as ids; see `stream`."""
         return self.stream_turn(self.turns.ask(), lambda: ids, options)
 
     def stream_turn(
-        self, turn: Turn, encode: Callable[[], Sequence[int]], options: Options
+        self, turn: Turn, encode: Callable[[], Sequence[int]], options: Options, kept: Sequence[int] = ()
     ) -> Generator[Chunk, None, None]:
-        """Yield what follows the ids of `encode()`, as the turn `turn` of `turns`; see `stream`."""
+        """Yield what follows the ids of `encode()`, as the turn `turn` of `turns`; see `stream`.
+
+        `kept`: a beginning of these ids that is to be kept on flash for other processes.
+        """
         given = dict(options)
         max_tokens, timeout_s = options.get("max_tokens"), options.get("timeout_s")
         stop = options.get("stop", ())
-        for name in _OWN_OPTIONS:
+        for name in OWN_OPTIONS:
             given.pop(name, None)
         if max_tokens is not None and max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
@@ -183,9 +140,9 @@ class Model:
             raise ConfigError(f"logprobs must be between 0 and {MOST_LOGPROBS} alternatives, got {n_top}")
         if given.get("dry_multiplier"):
             given["dry_breakers"] = self.tokenizer.containing(frozenset(options.get("dry_breakers", DRY_BREAKERS)))
-        sampler = make_sampler(_sampling(given), tuple(options.get("processors", ())))
+        sampler = make_sampler(sampling_of(given), tuple(options.get("processors", ())))
         form = None
-        if any(name in options for name in _FORMS):
+        if any(name in options for name in FORMS):
             from edgelm.structured import form_of
 
             form = form_of(options.get("json_schema"), options.get("regex"), options.get("grammar"))
@@ -200,7 +157,7 @@ class Model:
             sampler = Watched(sampler, n_top)
         clock = Clock(self._engine, self._conversation.counts, self._meter, self.backend, len(ids))
         speculator = self._speculator if options.get("speculate", True) else None
-        return self._run(turn, ids, sampler, matcher, max_tokens, ends, timeout_s, clock, speculator)
+        return self._run(turn, ids, sampler, matcher, max_tokens, ends, timeout_s, clock, speculator, kept)
 
     def _run(
         self,
@@ -213,6 +170,7 @@ class Model:
         timeout_s: float | None,
         clock: Clock,
         speculator: Speculator | None,
+        kept: Sequence[int],
     ) -> Generator[Chunk, None, None]:
         decoder = self.tokenizer.incremental()
         reason: FinishReason | None = None
@@ -220,6 +178,8 @@ class Model:
         try:
             with self.turns.held(turn, timeout_s):
                 clock.started()
+                if kept:
+                    self._provide(kept)
                 clock.prefilled(self._conversation.prefill(ids, lambda _: self.turns.breathe(turn)))
                 limit = min(max_tokens or room, room)
                 tokens = token_ids(self._conversation, ids, sampler, max_tokens=limit, ends=ends, speculator=speculator)
@@ -307,6 +267,38 @@ class Model:
         with self.turns.between():
             return self._go_over(min(budget_bytes, self.asked_bytes))
 
+    def _provide(self, prefix: Sequence[int]) -> None:
+        from edgelm.prefixes import provide
+
+        if told := provide(self._conversation, prefix, self.identity, self._file.name):
+            self.notes = (*self.notes, told)
+
+    @property
+    def identity(self) -> str:
+        """A key of this model's file: its header, and a sample of every tensor."""
+        if not self._identity:
+            from edgelm.files.identity import identity_of
+
+            self._identity = identity_of(self._file)
+        return self._identity
+
+    def save_cache(self, path: str | PathLike[str]) -> int:
+        """Write the keys and values that are stored now to a file, for `load_cache`; return its bytes.
+
+        Raises `ConfigError` where they cannot be saved: ONNX graphs, and caches with a part on flash.
+        """
+        with self.turns.between():
+            return self._conversation.save(Path(path), self.identity)
+
+    def load_cache(self, path: str | PathLike[str]) -> int:
+        """Store what `save_cache` wrote, with whatever backend; return the number of tokens.
+
+        A prompt that begins with them is not computed again. Raises `ModelFileError` for a file that is damaged or of
+        another model; nothing is stored then.
+        """
+        with self.turns.between():
+            return len(self._conversation.restore(Path(path), self.identity))
+
     def _forms_here(self) -> Forms:
         """Return what keeps answers to a form. The first time room is made for it; raises `BudgetTooSmall`."""
         if self._forms is None:
@@ -360,11 +352,3 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _sampling(options: dict[str, Any]) -> Sampling:
-    known = Sampling.__slots__
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ConfigError(f"unknown option {unknown[0]!r} (known: {', '.join(sorted((*Options.__annotations__,)))})")
-    return Sampling(**options)

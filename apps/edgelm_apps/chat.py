@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 @click.command()
 @model_argument(required=False)
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+@click.option(
+    "--keep-system",
+    is_flag=True,
+    help="Keep what is computed of the system message on flash, for the next start.",
+)
 @quiet_option
 @offline_option
 @engine_options
@@ -43,6 +48,7 @@ def chat(model: str | None, system: str | None, quiet: bool, offline: bool, adap
     from edgelm_apps.repl import Conversation, lines_from_stdin, talk
     from edgelm_models.catalogue import DEFAULT_MODEL
 
+    keep = given.pop("keep_system")
     overflow: Overflow = given.pop("overflow") or "error"
     path = find_model(model or DEFAULT_MODEL, offline=offline, quiet=quiet)
     engine, asides = engine_values(given), Asides(quiet)
@@ -56,4 +62,4 @@ def chat(model: str | None, system: str | None, quiet: bool, offline: bool, adap
             if loaded.template.notice:
                 note(loaded.template.notice)
         with lines_from_stdin(greet=not quiet) as source:
-            return talk(Conversation(loaded, system, overflow, sampling_values(given), asides), source)
+            return talk(Conversation(loaded, system, overflow, sampling_values(given), asides, keep), source)

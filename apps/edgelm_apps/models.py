@@ -39,11 +39,12 @@ def list_models(as_json: bool) -> None:
     from edgelm.sizes import human
     from edgelm_apps.output import print_json, print_table
     from edgelm_models.cache import cache_dir
-    from edgelm_models.listing import listing, prepared
+    from edgelm_models.listing import listing, prefixes, prepared
 
     models, files = listing(), [file._asdict() for file in prepared()]
+    kept = [prefix._asdict() for prefix in prefixes()]
     if as_json:
-        print_json({"cache": cache_dir(), "models": models, "prepared": files})
+        print_json({"cache": cache_dir(), "models": models, "prepared": files, "prefixes": kept})
         return
     rows = [
         (
@@ -64,19 +65,29 @@ def list_models(as_json: bool) -> None:
             for file in files
         ]
         print_table(("prepared of", "size", "backend", "used", "where"), parts)
+    if kept:
+        click.echo()
+        parts = [
+            (one["model"], human(one["size_bytes"]), str(one["n_tokens"]), _age(one["used_s"]), str(one["path"]))
+            for one in kept
+        ]
+        print_table(("system message of", "size", "tokens", "used", "where"), parts)
 
 
 @click.command()
 @model_argument("name", required=False)
 @click.option("--prepared", is_flag=True, help="Only what backends prepared of NAME (also a path), or of all models.")
+@click.option("--prefixes", is_flag=True, help="Only the system messages that are kept, of all models.")
 @quiet_option
-def rm(name: str | None, prepared: bool, quiet: bool) -> None:
+def rm(name: str | None, prepared: bool, prefixes: bool, quiet: bool) -> None:
     """Remove a pulled model and what was derived from it."""
     from edgelm.sizes import human
-    from edgelm_models.cache import remove, remove_prepared
+    from edgelm_models.cache import remove, remove_prefixes, remove_prepared
     from edgelm_models.pull import locate
 
-    if prepared:
+    if prefixes:
+        what, freed = "the system messages that were kept", remove_prefixes()
+    elif prepared:
         what = f"what was prepared of {name or 'all models'}"
         freed = remove_prepared(locate(name) if name is not None else None)
     elif name is not None:

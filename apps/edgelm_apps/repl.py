@@ -27,6 +27,7 @@ HISTORY_LINES = 1000
 HELP = f"""\
 /help          this list
 /system TEXT   start over with TEXT as the system message; /system alone shows it
+/save NAME     keep this conversation, with what is computed of it; /load NAME goes on with it
 /stats         tokens, speed, time and memory of the last answer
 /stats on|off  show a line of it after each answer
 /clear         forget the conversation
@@ -40,17 +41,23 @@ class Conversation:
     """One chat with one model, and what the slash commands need to know about it."""
 
     def __init__(
-        self, model: Model, system: str | None, overflow: Overflow, sampling: dict[str, Any], asides: Asides
+        self,
+        model: Model,
+        system: str | None,
+        overflow: Overflow,
+        sampling: dict[str, Any],
+        asides: Asides,
+        keep: bool = False,
     ) -> None:
         self.model, self.system, self.overflow, self.sampling = model, system, overflow, sampling
-        self.asides = asides
-        self.chat = model.chat(system, overflow=overflow)
+        self.asides, self.keep = asides, keep
+        self.chat = model.chat(system, overflow=overflow, keep=keep)
         self.usage: Usage | None = None
         self.shows_status = False
 
     def restart(self, system: str | None) -> None:
         self.system = system
-        self.chat = self.model.chat(system, overflow=self.overflow)
+        self.chat = self.model.chat(system, overflow=self.overflow, keep=self.keep)
 
     def answer(self, text: str) -> None:
         """Stream the answer to stdout; an interrupt stops it and is said so."""
@@ -187,6 +194,17 @@ def respond(conversation: Conversation, text: str) -> bool:
                 note(line)
         case "/budget":
             click.echo(str(conversation.model.plan))
+        case "/save" if rest.strip():
+            path = chats_folder() / f"{plain_name(rest)}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            conversation.chat.save(path)
+            note(f"saved in {path}")
+        case "/load" if rest.strip():
+            told = conversation.chat.load(chats_folder() / f"{plain_name(rest)}.json")
+            note(told or f"{len(conversation.chat.messages)} messages are back; nothing has to be computed again")
+        case "/save" | "/load":
+            names = sorted(path.stem for path in chats_folder().glob("*.json"))
+            note(f"{command} takes a name" + (f"; saved are {', '.join(names)}" if names else ""))
         case "/stats" if rest.strip() in ("on", "off"):
             conversation.shows_status = rest.strip() == "on"
             note("a line of statistics follows each answer" if conversation.shows_status else "no more statistics")
@@ -197,6 +215,21 @@ def respond(conversation: Conversation, text: str) -> bool:
         case _:
             note(f"unknown command {command}; /help lists the commands")
     return True
+
+
+def plain_name(name: str) -> str:
+    """Return a name that is no path. Raises `UsageError` for one that says nothing."""
+    kept = "".join(letter for letter in name.strip() if letter.isalnum() or letter in "-_. ").strip(". ")
+    if not kept:
+        raise click.UsageError(f"{name.strip()!r} is no name; use letters and digits")
+    return kept
+
+
+def chats_folder() -> Path:
+    """Return where saved conversations are: the user's data folder."""
+    from platformdirs import user_data_path
+
+    return user_data_path("edgelm", appauthor=False) / "chats"
 
 
 def history_file() -> Path:

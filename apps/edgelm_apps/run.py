@@ -42,6 +42,11 @@ if TYPE_CHECKING:
 @click.option("--raw", is_flag=True, help="No chat template: the model continues the text itself.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token, for measuring.")
 @click.option("--show-prompt", is_flag=True, help="Show the rendered prompt (stderr; field `prompt` of --json).")
+@click.option(
+    "--keep-system",
+    is_flag=True,
+    help="Keep what is computed of the system message on flash, for the next start.",
+)
 @json_option
 @quiet_option
 @offline_option
@@ -154,7 +159,7 @@ def _answer(
 
     if given["raw"]:
         return prompt, complete(model, prompt, sampling)
-    chat = model.chat(given["system"], overflow=given["overflow"] or "error")
+    chat = model.chat(given["system"], overflow=given["overflow"] or "error", keep=given["keep_system"])
     return chat.render(prompt), ask(chat, prompt, sampling)
 
 

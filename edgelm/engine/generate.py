@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from edgelm.engine.largest import largest
 from edgelm.engine.rows import Rows
@@ -15,7 +16,10 @@ from edgelm.engine.running import Running
 from edgelm.engine.sampling import Logits, Sampler
 from edgelm.engine.speculation.drafts import NOTHING, ROOT
 from edgelm.engine.speculation.speculator import Counts, Speculator
-from edgelm.errors import ContextOverflow
+from edgelm.errors import ConfigError, ContextOverflow
+
+if TYPE_CHECKING:
+    from edgelm.memory.arena import KVArena
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
@@ -65,6 +69,40 @@ class Conversation:
         """Append the ids of these rows of the last verified pass."""
         self.engine.keep(rows)
         self._stored.extend(self._tried[row] for row in rows)
+
+    def stores(self, ids: Sequence[int]) -> bool:
+        """Say whether the cache begins with these ids."""
+        return self._stored[: len(ids)] == list(ids)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The ids whose keys and values are in the cache."""
+        return tuple(self._stored)
+
+    def save(self, path: Path, identity: str) -> int:
+        """Write what is stored to a file; return its bytes. Raises `ConfigError` where a cache cannot be saved."""
+        from edgelm.memory import saved
+
+        return saved.save(path, self._arena(), self._stored, identity)
+
+    def restore(self, path: Path, identity: str) -> tuple[int, ...]:
+        """Store what is in a file, instead of what was; return its ids. Nothing is stored after a `DamagedCache`."""
+        from edgelm.memory import saved
+
+        self._stored.clear()
+        self.engine.truncate(0)
+        self._stored.extend(saved.load(path, self._arena(), identity))
+        return self.stored
+
+    def _arena(self) -> KVArena:
+        arena = getattr(self.engine, "arena", None)
+        if arena is None or getattr(self.engine, "spilled", None) is not None:
+            raise ConfigError(
+                "keys and values can be saved where edgelm keeps all of them in memory: not those of ONNX graphs, nor "
+                "with a part on flash"
+            )
+        found: KVArena = arena
+        return found
 
     @property
     def is_full(self) -> bool:

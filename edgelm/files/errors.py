@@ -28,6 +28,13 @@ class DamagedPack(ModelFileError):
         super().__init__(path, fact, hint)
 
 
+class DamagedCache(ModelFileError):
+    """Saved keys and values that are not what was written, or of another model."""
+
+    def __init__(self, path: object, fact: str) -> None:
+        super().__init__(path, fact, "remove it: it is made anew")
+
+
 class DamagedWeights(DamagedPack):
     """Rows of a tensor do not match the checksum in the pack, also when they are read again."""
 

@@ -229,6 +229,19 @@ class KVArena:
         for cells, numbers in zip(self._cells[layer], (keys, values), strict=True):
             cells.put(places, numbers)
 
+    @property
+    def layers(self) -> tuple[LayerCache, ...]:
+        return self._layers
+
+    def restore(self, n_past: int) -> None:
+        """Be as if `n_past` positions were stored; their numbers are to be imported. Rings hold the latest."""
+        self.truncate(0)
+        self.n_past = n_past
+        self.grow(0)
+        for held in self._held.values():
+            latest = np.arange(max(n_past - len(held), 0), n_past)
+            held[latest % len(held)] = latest
+
     def copy_from(self, other: KVArena) -> None:
         """Take over what another cache of the same model stores, whatever the layouts of the two.
 

@@ -183,6 +183,13 @@ def _remove_derived(model: CachedModel) -> int:
     return freed
 
 
+def remove_prefixes() -> int:
+    """Remove all kept system messages; return the bytes freed."""
+    from edgelm.files import kept
+
+    return kept.remove()
+
+
 def remove_prepared(path: Path | None = None) -> int:
     """Remove what backends prepared of the model at `path`, or of all models; return the bytes freed.
 

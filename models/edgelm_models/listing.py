@@ -9,6 +9,7 @@ from edgelm_models import cache
 from edgelm_models.catalogue import CATALOGUE
 
 if TYPE_CHECKING:
+    from edgelm.files.kept import KeptPrefix
     from edgelm.files.prepared import PreparedFile
 
 
@@ -37,6 +38,13 @@ def listing() -> list[Listed]:
         for entry in CATALOGUE.values()
         if entry.name not in names
     ]
+
+
+def prefixes() -> list[KeptPrefix]:
+    """Return the system messages that are kept, what is worth most first."""
+    from edgelm.files.kept import listing
+
+    return listing()
 
 
 def prepared() -> list[PreparedFile]:

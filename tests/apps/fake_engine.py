@@ -112,7 +112,7 @@ class FakeModel:
             if reason:
                 return
 
-    def chat(self, system: str | None = None, *, overflow: str = "error") -> FakeChat:
+    def chat(self, system: str | None = None, *, overflow: str = "error", keep: bool = False) -> FakeChat:
         return FakeChat(self, system, overflow)
 
 

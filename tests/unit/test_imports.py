@@ -49,16 +49,17 @@ BACKEND_MAY = {
 }  # fmt: skip
 APPS_MAY = {"edgelm", "edgelm.errors", "edgelm.sizes"}
 CATALOGUE_MAY = BASE | {
-    "edgelm.files", "edgelm.files.folder", "edgelm.files.gguf", "edgelm.files.prepared", "edgelm.text.cache",
+    "edgelm.files", "edgelm.files.folder", "edgelm.files.gguf", "edgelm.files.kept", "edgelm.files.prepared",
+    "edgelm.text.cache",
 }  # fmt: skip
 
 MODULE_LINES = 400
 FOLDER_LINES = {  # raised only on purpose
-    "edgelm": 3400,  # forms, drafts, scores
+    "edgelm": 3800,  # forms, drafts, scores
     "edgelm/files": 3800,
     "edgelm/text": 2900,
-    "edgelm/memory": 4200,
-    "edgelm/engine": 7500,  # speculation has drafters, a controller and a planner
+    "edgelm/memory": 5000,
+    "edgelm/engine": 8500,  # speculation has drafters, a controller and a planner
     "edgelm/testing": 2700,
     "edgelm/parity": 1100,
     "backends/edgelm_numpy": 1200,
@@ -67,7 +68,7 @@ FOLDER_LINES = {  # raised only on purpose
     "backends/edgelm_mlx": 1200,
     "backends/edgelm_npu": 1400,
     "models/edgelm_models": 2100,
-    "apps/edgelm_apps": 4200,
+    "apps/edgelm_apps": 4600,
 }
 
 

@@ -1,0 +1,148 @@
+"""Keys and values in a file: written once, read back by another process, whatever backend it computes with.
+
+magic, length of the header, header (JSON: version, whose, which layers, how many positions), the ids, then layer by
+layer the keys and the values of 128 positions at a time as [position, head, dimension], and a checksum of all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from edgelm.files.errors import DamagedCache
+from edgelm.files.writing import whole_or_nothing
+from edgelm.memory.arena import KVArena, LayerCache
+from edgelm.memory.uncached import uncached
+
+MAGIC, VERSION = b"edgelmKV", 1
+_BLOCK = 128
+_MOST_HEADER = 1 << 20
+_DTYPES: dict[str, np.dtype[Any]] = {"f16": np.dtype("<f2"), "f32": np.dtype("<f4")}
+
+
+class Saved(NamedTuple):
+    """The beginning of such a file. `firsts`: the first stored position of each layer, which rings have forgotten."""
+
+    identity: str
+    ids: tuple[int, ...]
+    layers: tuple[LayerCache, ...]
+    firsts: tuple[int, ...]
+    item: str
+
+
+class _Checked:
+    """A file whose bytes are summed up as they pass."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        import xxhash
+
+        self.path, self._file, self.sum = path, file, xxhash.xxh3_64()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.sum.update(data)
+        self._file.write(data)
+
+    def read(self, n_bytes: int) -> bytes:
+        data = self._file.read(n_bytes)
+        if len(data) != n_bytes:
+            raise DamagedCache(self.path, "it ends too early")
+        self.sum.update(data)
+        return data
+
+
+def save(path: Path, arena: KVArena, ids: Sequence[int], identity: str) -> int:
+    """Write what the cache stores of `ids`, which is all of it; return the bytes. `identity`: of the model."""
+    item = "f32" if arena.layout.item == "f32" else "f16"
+    layers, n = arena.layers, arena.n_past
+    assert n == len(ids), "every stored position has an id"
+    firsts = [int(n - len(arena.held(layer))) for layer in range(len(layers))]
+    header = {"version": VERSION, "identity": identity, "n": n, "layers": layers, "firsts": firsts, "item": item}
+    text = json.dumps(header).encode()
+    with whole_or_nothing(path) as raw:
+        file = _Checked(path, raw)
+        file.write(MAGIC + struct.pack("<I", len(text)) + text + np.asarray(ids, "<i4").tobytes())
+        for layer, first_held in enumerate(firsts):
+            for first in range(first_held, n, _BLOCK):
+                for numbers in arena.export(layer, first, min(_BLOCK, n - first)):
+                    file.write(numbers.astype(_DTYPES[item]).tobytes())
+        raw.write(file.sum.digest())
+        return raw.tell()
+
+
+def read_head(path: Path) -> Saved:
+    """Return the beginning of a file. Raises `DamagedCache` if it is none, or of another version."""
+    with path.open("rb") as file:
+        return _head(_Checked(path, file))
+
+
+def load(path: Path, arena: KVArena, identity: str) -> tuple[int, ...]:
+    """Fill an arena with what was saved; return the ids. The arena is empty afterwards if it cannot be.
+
+    Raises `DamagedCache` for a file that is not whole, or of another model.
+    """
+    arena.truncate(0)
+    try:
+        with uncached([path]), path.open("rb") as raw:
+            file = _Checked(path, raw)
+            head = _head(file)
+            if head.identity != identity or head.layers != arena.layers:
+                raise DamagedCache(file.path, "it is of another model")
+            if len(head.ids) > arena.context:
+                raise DamagedCache(
+                    file.path, f"its {len(head.ids)} tokens are more than the context of {arena.context}"
+                )
+            arena.restore(len(head.ids))
+            for layer, first_held in enumerate(head.firsts):
+                _read_layer(file, arena, layer, first_held, head)
+            if raw.read() != file.sum.digest():
+                raise DamagedCache(file.path, "its checksum is wrong")
+    except BaseException:
+        arena.truncate(0)
+        raise
+    return head.ids
+
+
+def _read_layer(file: _Checked, arena: KVArena, layer: int, first_held: int, head: Saved) -> None:
+    facts, n, dtype = head.layers[layer], len(head.ids), _DTYPES[head.item]
+    held = arena.held(layer)
+    least = int(held[0]) if len(held) else n  # a narrower ring has no place for the oldest
+    for first in range(first_held, n, _BLOCK):
+        count = min(_BLOCK, n - first)
+        pair = []
+        for dim in (facts.head_dim_k, facts.head_dim_v):
+            data = file.read(count * facts.n_kv_heads * dim * dtype.itemsize)
+            pair.append(np.frombuffer(data, dtype).reshape(count, facts.n_kv_heads, dim).astype(np.float32))
+        skipped = min(max(least - first, 0), count)
+        if skipped < count:
+            arena.import_(layer, first + skipped, pair[0][skipped:], pair[1][skipped:])
+    if first_held > least:
+        raise DamagedCache(file.path, "it lacks positions that this cache must hold")
+
+
+def _head(file: _Checked) -> Saved:
+    if file.read(len(MAGIC)) != MAGIC:
+        raise DamagedCache(file.path, "it is no saved cache")
+    (n_bytes,) = struct.unpack("<I", file.read(4))
+    if n_bytes > _MOST_HEADER:
+        raise DamagedCache(file.path, "its header is too long")
+    try:
+        header: dict[str, Any] = json.loads(file.read(n_bytes))
+        if header["version"] != VERSION:
+            raise DamagedCache(file.path, f"it is of version {header['version']}, and this edgelm reads {VERSION}")
+        n, item = int(header["n"]), str(header["item"])
+        layers = tuple(LayerCache(*map(int, layer)) for layer in header["layers"])
+        firsts = tuple(map(int, header["firsts"]))
+        if not 0 <= n <= 1 << 24 or item not in _DTYPES or len(firsts) != len(layers):
+            raise DamagedCache(file.path, "its header makes no sense")
+        if not all(0 <= first <= n for first in firsts):
+            raise DamagedCache(file.path, "its header makes no sense")
+        identity = str(header["identity"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedCache(file.path, "its header makes no sense") from error
+    ids = np.frombuffer(file.read(4 * n), "<i4")
+    return Saved(identity, tuple(ids.tolist()), layers, firsts, item)
