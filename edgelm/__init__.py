@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from edgelm.parity.verify import verify
     from edgelm.reports import BackendReport, Inspection, backends, doctor, inspect
     from edgelm.simulated import Device, devices
-    from edgelm.usage import Chunk, Score, Usage
+    from edgelm.usage import Chunk, Sample, Score, Usage
 
 __version__ = "0.1.0"
 
@@ -70,6 +70,7 @@ __all__ = [
     "Packed",
     "Plan",
     "PreparationError",
+    "Sample",
     "Score",
     "TemplateError",
     "Timeline",
@@ -99,6 +100,7 @@ _HOMES = {
     "PackError": "edgelm.packing",
     "Packed": "edgelm.packing",
     "Plan": "edgelm.memory.plan",
+    "Sample": "edgelm.usage",
     "Score": "edgelm.usage",
     "Timeline": "edgelm.memory.timeline",
     "Usage": "edgelm.usage",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgelm.text.messages import Message
     from edgelm.text.prompt import Prompt
     from edgelm.turns import Turn
-    from edgelm.usage import Chunk
+    from edgelm.usage import Chunk, Sample
 
 Overflow = Literal["error", "trim"]
 ANSWER_TOKENS = 256
@@ -66,6 +66,13 @@ class Chat:
             chunks.close()
             if answered:
                 self.messages[:] = [*messages, asked, {"role": "assistant", "content": "".join(answer)}]
+
+    def samples(self, text: str, n: int, **options: Unpack[Options]) -> list[Sample]:
+        """Return `n` answers to `text`, see `Model.samples`; the conversation stays as it was."""
+        _, ids = self._fitting({"role": "user", "content": text}, options.get("max_tokens"))
+        stops = options.get("stop", ())
+        options["stop"] = [*([stops] if isinstance(stops, str) else stops), *self._model.template.stops]
+        return self._model.samples_of(ids, n, **options)
 
     def render(self, text: str) -> str:
         """Return the prompt that `text` would lead to, as the model reads it."""

@@ -30,7 +30,7 @@ from edgelm.sizes import parse_size
 from edgelm.text.stops import StopMatcher
 from edgelm.text.tokenizer import Tokenizer
 from edgelm.turns import Turn, Turns
-from edgelm.usage import Chunk, Clock, Score
+from edgelm.usage import Chunk, Clock, Sample, Score
 
 if TYPE_CHECKING:
     from edgelm.adaptive import Monitor
@@ -201,6 +201,20 @@ class Model:
             reason = turn.stopped or "cancelled"
         rest = matcher.feed(decoder.flush()) + matcher.flush()
         yield Chunk(rest, None, reason, clock.usage(final=True))
+
+    def samples(self, prompt: str, n: int, **options: Unpack[Options]) -> list[Sample]:
+        """Return `n` answers to `prompt`, computed side by side, the likeliest by mean log-probability first.
+
+        The prompt is computed once and every pass over the weights serves all of them. With a `seed`, answer i draws
+        with `seed + i`. Raises `ConfigError` where the budget has no room for so many, or an option does not apply.
+        """
+        return self.samples_of(self.tokenizer.encode(prompt), n, **options)
+
+    def samples_of(self, ids: Sequence[int], n: int, **options: Unpack[Options]) -> list[Sample]:
+        """Return `n` answers to a prompt given as ids; see `samples`."""
+        from edgelm.sampling_together import together
+
+        return together(self, self._conversation, ids, n, options)
 
     def score(self, text: str, continuation: str = "") -> Score:
         """Return how likely the model finds `continuation` after `text`; without one, `text` after its beginning.

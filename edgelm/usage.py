@@ -101,6 +101,17 @@ class Score:
         return math.exp(-self.total / len(self.logprobs))
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One of several answers. `mean_logprob`: of its tokens, by the model's own distribution."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    mean_logprob: float
+    finish_reason: FinishReason
+    seed: int | None
+
+
 SAMPLE_S = 0.02
 """How old the memory counters of a chunk may be: to read them takes the system longer than to sample a token."""
 

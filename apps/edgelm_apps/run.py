@@ -55,6 +55,13 @@ if TYPE_CHECKING:
 @adaptive_option
 @sampling_options
 @click.option(
+    "-n",
+    "n_answers",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Give N answers, computed side by side; the likeliest comes first.",
+)
+@click.option(
     "--logprobs",
     type=click.IntRange(0, 20),
     metavar="N",
@@ -104,6 +111,9 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
                 note(line)
             if not given["raw"] and loaded.template.notice:
                 note(loaded.template.notice)
+        if given["n_answers"] is not None:
+            _several(loaded, prompt, given, sampling, as_json)
+            return 0
         rendered, chunks = _answer(loaded, prompt, given, sampling)
         if show_prompt and not as_json:
             click.echo(rendered, err=True)
@@ -113,6 +123,23 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
         if as_json:
             print_json(result | {"prompt": rendered} if show_prompt else result)
     return 130 if result["finish_reason"] == "cancelled" else 0
+
+
+def _several(model: Model, prompt: str, given: dict[str, Any], sampling: dict[str, Any], as_json: bool) -> None:
+    """Give several answers, the likeliest first."""
+    from dataclasses import asdict
+
+    from edgelm_apps.output import print_json
+
+    if given["raw"]:
+        samples = model.samples(prompt, given["n_answers"], **sampling)
+    else:
+        samples = model.chat(given["system"]).samples(prompt, given["n_answers"], **sampling)
+    if as_json:
+        print_json({"answers": [asdict(one) for one in samples]})
+        return
+    for number, one in enumerate(samples, 1):
+        click.echo(f"--- {number}, mean log-probability {one.mean_logprob:.3f}\n{one.text}")
 
 
 def _prompt(prompt: str | None, file: Any) -> str:

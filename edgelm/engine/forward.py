@@ -27,7 +27,8 @@ from edgelm.engine.rows import Rows
 from edgelm.engine.segments import Cut, cut
 from edgelm.engine.state import Layout, Workspace
 from edgelm.errors import Cancelled
-from edgelm.memory.arena import KVArena, depths, is_chain
+from edgelm.memory.arena import KVArena
+from edgelm.memory.claims import Claim, Guesses, SideBySide
 from edgelm.memory.pinned import PinnedWeights
 from edgelm.memory.plan import Plan
 from edgelm.memory.spill_shape import Traffic
@@ -230,6 +231,7 @@ class Engine:
         before still stored. A closed engine counts as cancelled: a stream that was left half-way may still come back.
         """
         self.check(ids, n_outputs)
+        self.arena.grow(len(ids))  # once, not with every pass
         done = 0
         while (n_tokens := first_width(len(ids), done, self.plan.chunk, n_outputs)) < len(ids) - done:
             self._pass(ids[done : done + n_tokens], 1, final=False)
@@ -245,7 +247,20 @@ class Engine:
         `parents[i]` is the row before row i, -1 the last stored position. Raises as `forward` does.
         """
         self.check(ids, len(ids), self.max_rows)
-        self._pass(ids, len(ids), final=True, parents=parents)
+        self._pass(ids, len(ids), final=True, claim=Guesses(parents))
+        self._n_tried = len(ids)
+        return Rows(self.workspace.tiles(self._cut.tiles, len(ids)))
+
+    def extend(self, ids: Sequence[int], claim: SideBySide, answers: Sequence[int]) -> Rows:
+        """Append one id to each of these answers, which stand side by side; return the logits of every row.
+
+        Raises as `forward` does. `truncate` to the prompt ends all of them.
+        """
+        self.check(ids, len(ids), self.max_rows)
+        claim.take(self.arena, answers)
+        self._pass(ids, len(ids), final=True, claim=claim)
+        self.arena.advance(len(ids))
+        claim.passed()
         return Rows(self.workspace.tiles(self._cut.tiles, len(ids)))
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -261,12 +276,11 @@ class Engine:
         if self._n_tried:  # nobody kept them
             self.keep(())
 
-    def _pass(self, ids: Sequence[int], n_outputs: int, final: bool, parents: Sequence[int] | None = None) -> None:
+    def _pass(self, ids: Sequence[int], n_outputs: int, final: bool, claim: Claim | None = None) -> None:
         n_tokens, arena, workspace = len(ids), self.arena, self.workspace
         arena.grow(n_tokens)
         groups = tuple(CacheGroup(arena.capacities[g], arena.length(g, n_tokens)) for g in self._groups)
-        tree = parents is not None and not is_chain(parents)
-        shape = PassShape(n_tokens, n_outputs, groups, tree, arena.layout)
+        shape = PassShape(n_tokens, n_outputs, groups, claim is not None and claim.branches, arena.layout)
         steps = self._compiled(shape)
         if not final and self.window.cycle:
             steps = [step for step in steps if step.run <= self._cut.last_write]
@@ -276,13 +290,13 @@ class Engine:
         try:
             if self.spilled is not None:
                 self.spilled.begin(arena.n_past, n_tokens)
-            workspace.positions[:n_tokens] = arena.n_past + (depths(parents) if parents else np.arange(n_tokens))
+            positions = claim.positions(arena.n_past) if claim else arena.n_past + np.arange(n_tokens)
+            workspace.positions[:n_tokens] = positions
             workspace.out_rows[:n_outputs] = np.arange(n_tokens - n_outputs, n_tokens)
             for group, cache in zip(self._groups, groups, strict=True):
                 places, mask = workspace.places[group][:n_tokens], workspace.mask(group, n_tokens, cache.length)
-                if tree:
-                    assert parents is not None
-                    arena.claim_tree(group, parents, places, mask)
+                if claim is not None:
+                    claim.place(arena, group, places, mask)
                 else:
                     arena.claim(group, n_tokens, places, mask)
             self._gather(ids)
@@ -301,10 +315,8 @@ class Engine:
                 self.spilled.cache.reset()
             arena.truncate(arena.n_past)
             raise
-        if parents is None:
+        if claim is None:
             arena.advance(n_tokens)
-        else:
-            self._n_tried = n_tokens
         self._pace.passed(n_tokens, time.perf_counter() - began_s)
 
     def _compiled(self, shape: PassShape) -> list[_Step]:

@@ -70,6 +70,11 @@ class Conversation:
         self.engine.keep(rows)
         self._stored.extend(self._tried[row] for row in rows)
 
+    def forget_after(self, n: int) -> None:
+        """Keep the first `n` tokens of what is stored, at the most."""
+        kept = self.engine.truncate(n)
+        del self._stored[kept:]
+
     def stores(self, ids: Sequence[int]) -> bool:
         """Say whether the cache begins with these ids."""
         return self._stored[: len(ids)] == list(ids)

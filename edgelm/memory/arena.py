@@ -110,6 +110,10 @@ class KVArena:
     def n_bytes(self) -> int:
         return self._buffer.n_bytes
 
+    def places_of(self, group: int) -> NDArray[np.int32]:
+        """Return which position each place of a group holds, -1 for none; to be written to by whoever claims places."""
+        return self._held[group]
+
     def most_places(self, group: int) -> int:
         """Return the places that a group will have at the most."""
         return self._most[group]
