@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from edgelm.parity.verify import verify
     from edgelm.reports import BackendReport, Inspection, backends, doctor, inspect
     from edgelm.simulated import Device, devices
+    from edgelm.text.tools import ToolCall
     from edgelm.usage import Chunk, Sample, Score, Usage
 
 __version__ = "0.1.0"
@@ -74,6 +75,7 @@ __all__ = [
     "Score",
     "TemplateError",
     "Timeline",
+    "ToolCall",
     "UnknownBackend",
     "UnsupportedModel",
     "Usage",
@@ -103,6 +105,7 @@ _HOMES = {
     "Sample": "edgelm.usage",
     "Score": "edgelm.usage",
     "Timeline": "edgelm.memory.timeline",
+    "ToolCall": "edgelm.text.tools",
     "Usage": "edgelm.usage",
     "Verification": "edgelm.parity.report",
     "backends": "edgelm.reports",

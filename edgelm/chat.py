@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from edgelm.errors import ConfigError, ContextOverflow, ModelFileError
 from edgelm.files.writing import whole_or_nothing
+from edgelm.text.tools import ToolCall, ToolCallMatcher, checked_tools
 
 if TYPE_CHECKING:
     from edgelm.model import Model
@@ -31,10 +33,18 @@ class Chat:
     them as they were; one that is cancelled keeps the text so far.
     """
 
-    def __init__(self, model: Model, system: str | None, overflow: Overflow, keep: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        system: str | None,
+        overflow: Overflow,
+        keep: bool = False,
+        tools: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
         if overflow not in ("error", "trim"):
             raise ConfigError(f"overflow must be 'error' or 'trim', got {overflow!r}")
         self._model, self._overflow, self._keep = model, overflow, keep
+        self._tools = checked_tools(tools)
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def send(self, text: str, **options: Unpack[Options]) -> str:
@@ -43,18 +53,34 @@ class Chat:
 
     def stream(self, text: str, **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """Yield the answer to `text` piece by piece; see `Model.stream`."""
-        return self._answer(self._model.turns.ask(), text, options)
+        return self._answer(self._model.turns.ask(), [{"role": "user", "content": text}], options)
 
-    def _answer(self, turn: Turn, text: str, options: Options) -> Generator[Chunk, None, None]:
-        asked: Message = {"role": "user", "content": text}
+    def tool_results(
+        self, results: Sequence[tuple[ToolCall, str]], **options: Unpack[Options]
+    ) -> Generator[Chunk, None, None]:
+        """Yield the answer to what the called tools returned, a text each; see `stream`."""
+        asked: list[Message] = [{"role": "tool", "name": call.name, "content": result} for call, result in results]
+        if not asked:
+            raise ConfigError("there is no result of a tool to answer; give one for each call")
+        return self._answer(self._model.turns.ask(), asked, options)
+
+    def _answer(self, turn: Turn, asked: list[Message], options: Options) -> Generator[Chunk, None, None]:
         messages, ids = self._fitting(asked, options.get("max_tokens"))
+        matcher = ToolCallMatcher(tool["function"]["name"] for tool in self._tools) if self._tools else None
         stops = options.get("stop", ())
         options["stop"] = [*([stops] if isinstance(stops, str) else stops), *self._model.template.stops]
         answer: list[str] = []
         chunks = self._model.stream_turn(turn, lambda: ids, options, self._kept_ids())
         answered = False
+        calls: tuple[ToolCall, ...] = ()
         try:
             for chunk in chunks:
+                if matcher is not None:
+                    shown = matcher.feed(chunk.text)
+                    if chunk.token_id is None:
+                        rest, calls = matcher.flush()
+                        shown += rest
+                    chunk = replace(chunk, text=shown, tool_calls=calls)
                 answer.append(chunk.text)
                 # an answer may be empty, but one that was stopped before its first token is none
                 answered = answered or chunk.token_id is not None or chunk.finish_reason in ("stop", "length")
@@ -65,18 +91,18 @@ class Chat:
         finally:
             chunks.close()
             if answered:
-                self.messages[:] = [*messages, asked, {"role": "assistant", "content": "".join(answer)}]
+                self.messages[:] = [*messages, *asked, _said("".join(answer), calls)]
 
     def samples(self, text: str, n: int, **options: Unpack[Options]) -> list[Sample]:
         """Return `n` answers to `text`, see `Model.samples`; the conversation stays as it was."""
-        _, ids = self._fitting({"role": "user", "content": text}, options.get("max_tokens"))
+        _, ids = self._fitting([{"role": "user", "content": text}], options.get("max_tokens"))
         stops = options.get("stop", ())
         options["stop"] = [*([stops] if isinstance(stops, str) else stops), *self._model.template.stops]
         return self._model.samples_of(ids, n, **options)
 
     def render(self, text: str) -> str:
         """Return the prompt that `text` would lead to, as the model reads it."""
-        return self._render(self.messages, {"role": "user", "content": text}).text
+        return self._render(self.messages, [{"role": "user", "content": text}]).text
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the conversation to `path` as JSON, and beside it (`.kv`) what the model has computed of it.
@@ -97,7 +123,9 @@ class Chat:
         source = Path(path)
         try:
             content = json.loads(source.read_bytes())
-            messages = [{"role": str(one["role"]), "content": str(one["content"])} for one in content["messages"]]
+            messages = [
+                {**one, "role": str(one["role"]), "content": str(one["content"])} for one in content["messages"]
+            ]
         except OSError as error:
             raise ConfigError(f"{source} cannot be read ({error.strerror}); check the name") from error
         except (KeyError, TypeError, ValueError) as error:
@@ -115,7 +143,7 @@ class Chat:
         if not self._keep or not self._first_turn:
             return []
         encode, system = self._model.tokenizer.encode_prompt, self.messages[:1]
-        one, other = (encode(self._render(system, {"role": "user", "content": text})) for text in ("a", "1"))
+        one, other = (encode(self._render(system, [{"role": "user", "content": text}])) for text in ("a", "1"))
         same = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
         return one[:same]
 
@@ -127,10 +155,10 @@ class Chat:
     def _first_turn(self) -> int:
         return int(bool(self.messages) and self.messages[0]["role"] == "system")
 
-    def _render(self, messages: list[Message], asked: Message) -> Prompt:
-        return self._model.template.render([*messages, asked])
+    def _render(self, messages: list[Message], asked: list[Message]) -> Prompt:
+        return self._model.template.render([*messages, *asked], tools=self._tools or None)
 
-    def _fitting(self, asked: Message, max_tokens: int | None) -> tuple[list[Message], list[int]]:
+    def _fitting(self, asked: list[Message], max_tokens: int | None) -> tuple[list[Message], list[int]]:
         """Return what is kept of the messages, and the ids of the prompt.
 
         Under the policy `trim`, as many of the newest turns are kept as leave room for an answer.
@@ -146,3 +174,11 @@ class Chat:
         if len(ids) >= context:
             raise ContextOverflow(len(ids), context)
         return kept, ids
+
+
+def _said(text: str, calls: tuple[ToolCall, ...]) -> Message:
+    """Return the message of an answer."""
+    if not calls:
+        return {"role": "assistant", "content": text}
+    functions = [{"type": "function", "function": {"name": one.name, "arguments": one.arguments}} for one in calls]
+    return {"role": "assistant", "content": text, "tool_calls": functions}

@@ -5,13 +5,13 @@ One model serves many threads: calls queue. Everything of ids is in `engine`, of
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from edgelm.engine.generate import Conversation, FinishReason, token_ids
 from edgelm.engine.logprobs import MOST as MOST_LOGPROBS
@@ -105,15 +105,23 @@ class Model:
         """Return what follows `prompt`, without a chat template."""
         return "".join(chunk.text for chunk in self.stream(prompt, **options))
 
-    def chat(self, system: str | None = None, *, overflow: Overflow = "error", keep: bool = False) -> Chat:
+    def chat(
+        self,
+        system: str | None = None,
+        *,
+        overflow: Overflow = "error",
+        keep: bool = False,
+        tools: Iterable[Mapping[str, Any]] = (),
+    ) -> Chat:
         """Return a new conversation. `overflow="trim"` drops the oldest turns when the context is full.
 
         `keep`: the keys and values of the system message are kept in the cache folder, so that the first answer of the
-        next process comes sooner.
+        next process comes sooner. `tools`: what the model may call, as `{"name", "description", "parameters"}`, with
+        parameters a JSON schema; the last chunk of an answer has its `tool_calls`, and `Chat.tool_results` goes on.
         """
         from edgelm.chat import Chat
 
-        return Chat(self, system, overflow, keep)
+        return Chat(self, system, overflow, keep, tools)
 
     def stream_ids(self, ids: Sequence[int], **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """Yield what follows a prompt given as ids; see `stream`."""
@@ -194,7 +202,7 @@ class Model:
                     if matcher.stopped is not None:
                         reason = "stop"
                     noted = sampler.noted.popleft() if isinstance(sampler, Watched) else None
-                    chunk = Chunk(text, token, None, clock.usage(), noted)
+                    chunk = Chunk(text, token, None, clock.usage(), logprobs=noted)
                     with self.turns.pause(turn):
                         yield chunk
         except Cancelled:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from edgelm.engine.running import Running
     from edgelm.engine.speculation.speculator import Counts
     from edgelm.memory.meter import Meter
+    from edgelm.text.tools import ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,8 @@ class Chunk:
     token_id: int | None
     finish_reason: FinishReason | None
     usage: Usage
+    tool_calls: tuple[ToolCall, ...] = ()
+    """In the last chunk of a chat with tools: the calls that the model asks for."""
     logprobs: LogProbs | None = None
     """If asked for: the model's log-probability of the token, and of the likeliest alternatives."""
 

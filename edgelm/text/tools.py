@@ -1,0 +1,172 @@
+"""Find calls of tools in an answer, in the forms that the families of models write them.
+
+Knows texts and JSON, no model: what marks a call differs, what it holds is a name and arguments. A call counts if a
+tool of that name was offered; everything else stays text.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from edgelm.errors import ConfigError
+
+OPENERS = (
+    "<tool_call>",  # Hermes, Qwen, SmolLM3, Granite
+    "<|tool_call|>",  # Granite 3, Phi-4-mini
+    "<|python_tag|>",  # Llama 3
+    "<function=",  # Llama 3, Qwen3-Coder's older form
+    "[TOOL_CALLS]",  # Mistral
+    "functools[",  # Phi-3.5, Phi-4
+    "```tool_code",  # Gemma
+    "```tool_call",
+    "```json",
+)
+_NOISE = re.compile(
+    r"</?tool_call>|<\|/?tool_call\|>|<\|python_tag\|>|\[TOOL_CALLS\]|^functools(?=\[)|```(?:tool_code|tool_call|json)?|</function>"
+)
+_FUNCTION = re.compile(r"<function=([\w.-]+)>?", re.ASCII)
+_DECODER = json.JSONDecoder()
+
+
+class ToolCall(NamedTuple):
+    """A call that a model asks for: the tool's name, and its arguments by name."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+def checked_tools(tools: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Return tools as `{"type": "function", "function": {...}}`; raise `ConfigError` for what is none."""
+    found = []
+    for number, tool in enumerate(tools, 1):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise ConfigError(f"tool {number} has no name; give {{'name': ..., 'description': ..., 'parameters': ...}}")
+        parameters = function.get("parameters", {"type": "object", "properties": {}})
+        if not isinstance(parameters, Mapping):
+            raise ConfigError(f"the parameters of tool {function['name']!r} are no JSON schema")
+        found.append({"type": "function", "function": {**function, "parameters": dict(parameters)}})
+    return tuple(found)
+
+
+def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the JSON schema of a call of one of these tools."""
+    calls = []
+    for tool in tools:
+        function = tool["function"]
+        properties = {"name": {"const": function["name"]}, "arguments": function["parameters"]}
+        calls.append(
+            {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+        )
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
+class ToolCallMatcher:
+    """Passes text on until a call may have begun; then everything waits for the end of the answer."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(names)
+        self._shown = self._held = ""
+        self._waits = False
+
+    def feed(self, piece: str) -> str:
+        """Return the text that is surely no call."""
+        self._held += piece
+        if self._waits:
+            return ""
+        text = self._held
+        at = min((found for opener in OPENERS if (found := text.find(opener)) >= 0), default=-1)
+        bare = text.lstrip()
+        if not self._shown.strip() and bare[:1] in ("{", "["):
+            at = len(text) - len(bare)
+        if at >= 0:
+            self._waits = True
+        else:
+            at = len(text) - _unfinished(text)
+        ready, self._held = text[:at], text[at:]
+        self._shown += ready
+        return ready
+
+    def flush(self) -> tuple[str, tuple[ToolCall, ...]]:
+        """Return the rest of the text, and the calls; of a rest that is calls no text is left."""
+        rest, self._held = self._held, ""
+        calls = parse_calls(rest, self._names)
+        return ("", calls) if calls else (rest, ())
+
+
+def parse_calls(text: str, names: frozenset[str]) -> tuple[ToolCall, ...]:
+    """Return the calls of tools of these names that `text` is made of; none if it is made of anything else."""
+    function = _FUNCTION.search(text)
+    if function is not None:
+        values = _json_values(_NOISE.sub(" ", text[function.end() :]))
+        values = [{"name": function[1], "arguments": values[0]}] if values else []
+    else:
+        clean = _NOISE.sub(" ", text).strip()
+        values = _json_values(clean) or _python_values(clean)
+    calls = [_call(value) for value in values]
+    if not calls or any(call is None or call.name not in names for call in calls):
+        return ()
+    return tuple(call for call in calls if call is not None)
+
+
+def _json_values(text: str) -> list[Any]:
+    """Return the values of JSON texts that follow each other, arrays taken apart; empty if it is not only that."""
+    values: list[Any] = []
+    at = 0
+    while at < len(text):
+        if text[at] in " \t\r\n;,":
+            at += 1
+            continue
+        try:
+            value, at = _DECODER.raw_decode(text, at)
+        except ValueError:
+            return []
+        values.extend(value if isinstance(value, list) else [value])
+    return values
+
+
+def _python_values(text: str) -> list[Any]:
+    """Return calls written as Python, `f(a=1)` or a list of them, as values; nothing is evaluated but literals."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        calls = tree.elts if isinstance(tree, ast.List) else [tree]
+        return [
+            {
+                "name": ast.unparse(call.func),
+                "arguments": {key.arg: ast.literal_eval(key.value) for key in call.keywords},
+            }
+            for call in calls
+            if isinstance(call, ast.Call) and not call.args
+        ]
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return []
+
+
+def _call(value: Any) -> ToolCall | None:
+    if not isinstance(value, dict):
+        return None
+    inner = value.get("function")
+    value = inner if isinstance(inner, dict) else value
+    name = value.get("name")
+    arguments: Any = next((value[key] for key in ("arguments", "parameters") if key in value), {})
+    if isinstance(arguments, str):  # some write the JSON as a text
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return None
+    if not isinstance(name, str) or not isinstance(arguments, dict) or None in arguments:
+        return None
+    return ToolCall(name, arguments)
+
+
+def _unfinished(text: str) -> int:
+    """Return the length of the longest end of `text` that an opener begins with."""
+    longest = max(map(len, OPENERS)) - 1
+    for n in range(min(longest, len(text)), 0, -1):
+        if any(opener.startswith(text[-n:]) for opener in OPENERS):
+            return n
+    return 0

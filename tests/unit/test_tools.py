@@ -1,0 +1,139 @@
+"""Calls of tools: found in every family's form, streamed around, and never made of what is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edgelm
+from edgelm import opening
+from edgelm.errors import ConfigError
+from edgelm.memory.predict import Rates
+from edgelm.sizes import GB
+from edgelm.testing import tiny_model
+from edgelm.text.tools import ToolCall, ToolCallMatcher, call_schema, checked_tools, parse_calls
+
+WEATHER = ToolCall("get_weather", {"city": "Paris", "days": 2})
+JSON = '{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}'
+NAMES = frozenset({"get_weather", "add"})
+ONE = {
+    "Hermes, Qwen, SmolLM3": f"<tool_call>\n{JSON}\n</tool_call>",
+    "Llama 3": '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Paris", "days": 2}}',
+    "Llama 3, its mark not shown": '{"name": "get_weather", "parameters": {"city": "Paris", "days": 2}}',
+    "Llama 3, functions": '<function=get_weather>{"city": "Paris", "days": 2}</function>',
+    "Granite 3": f"<|tool_call|>[{JSON}]",
+    "Phi-4-mini": f"<|tool_call|>[{JSON}]<|/tool_call|>",
+    "Phi-3.5": f"functools[{JSON}]",
+    "Mistral": f"[TOOL_CALLS][{JSON}]",
+    "Gemma, Python": '```tool_code\nget_weather(city="Paris", days=2)\n```',
+    "Gemma, a list": '[get_weather(city="Paris", days=2)]',
+    "Gemma, JSON": f"```json\n{JSON}\n```",
+    "of the API": f'{{"type": "function", "function": {JSON}}}',
+    "arguments as text": json.dumps({"name": "get_weather", "arguments": json.dumps(WEATHER.arguments)}),
+}
+NONE = {
+    "prose": "The weather in Paris is fine.",
+    "JSON that is an answer": '{"city": "Paris", "population": 2}',
+    "an unknown name": '{"name": "rm", "arguments": {"path": "/"}}',
+    "cut off": JSON[:-4],
+    "a call and something else": f"<tool_call>{JSON}</tool_call> and so on",
+    "no object": '<tool_call>"get_weather"</tool_call>',
+    "arguments that are a list": '{"name": "get_weather", "arguments": [1]}',
+    "Python that would run": "```tool_code\nget_weather(city=open('x'))\n```",
+    "positional": "[get_weather('Paris')]",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("form", ONE)
+def test_every_form_is_understood(form: str) -> None:
+    assert parse_calls(ONE[form], NAMES) == (WEATHER,)
+
+
+@pytest.mark.parametrize("form", NONE)
+def test_what_is_no_call_stays_text(form: str) -> None:
+    assert parse_calls(NONE[form], NAMES) == ()
+    matcher = ToolCallMatcher(NAMES)
+    shown = "".join(map(matcher.feed, NONE[form]))
+    rest, calls = matcher.flush()
+    assert (shown + rest, calls) == (NONE[form], ())
+
+
+def test_several_calls() -> None:
+    other = ToolCall("add", {"a": 1, "b": 2})
+    second = json.dumps({"name": "add", "arguments": other.arguments})
+    for text in (
+        f"<tool_call>\n{JSON}\n</tool_call>\n<tool_call>\n{second}\n</tool_call>",
+        f"[{JSON}, {second}]",
+        f"{JSON}; {second}",
+        '[get_weather(city="Paris", days=2), add(a=1, b=2)]',
+    ):
+        assert parse_calls(text, NAMES) == (WEATHER, other)
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("form", [form for form in ONE if ONE[form][0] in "<`" or ONE[form].startswith("[TOOL")])
+def test_text_before_a_call_streams_and_the_call_does_not_show(form: str, size: int) -> None:
+    text = f"I look it up < 5 minutes. {ONE[form]}"
+    matcher = ToolCallMatcher(NAMES)
+    shown = "".join(matcher.feed(text[i : i + size]) for i in range(0, len(text), size))
+    rest, calls = matcher.flush()
+    assert (shown + rest, calls) == ("I look it up < 5 minutes. ", (WEATHER,))
+
+
+def test_tools_are_checked_and_have_a_schema() -> None:
+    tools = checked_tools([{"name": "now"}, {"type": "function", "function": {"name": "add", "parameters": {"a": 1}}}])
+    assert [tool["function"]["name"] for tool in tools] == ["now", "add"]
+    assert call_schema(tools[:1])["properties"]["name"] == {"const": "now"}
+    assert len(call_schema(tools)["anyOf"]) == 2
+    for wrong in ({}, {"name": ""}, {"name": "x", "parameters": 3}, "x"):
+        with pytest.raises(ConfigError):
+            checked_tools([wrong])  # type: ignore[list-item]
+
+
+TEMPLATE = (
+    "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call {{ c.function.name }}>{% endfor %}\n{% endfor %}assistant:"
+)
+
+
+@pytest.fixture
+def chat_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
+    metadata = {"tokenizer.chat_template": TEMPLATE}
+    path = tiny_model(tmp_path / "tiny.gguf", "llama", n_vocab=512, metadata=metadata)
+    with edgelm.load(path, memory=GB, backend="numpy", threads=1, context=512) as model:
+        yield model.chat
+
+
+def test_a_chat_calls_a_tool_and_goes_on_with_its_result(chat_of: Any) -> None:
+    """The call is forced by the schema of the tools: what a random model says is no call."""
+    tools = [
+        {"name": "add", "parameters": {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}}
+    ]
+    tools[0]["parameters"]["additionalProperties"] = False  # type: ignore[index]
+    chat = chat_of(tools=tools)
+    assert "[add]" in chat.render("hello")
+    chunks = list(chat.stream("hello", max_tokens=200, json_schema=call_schema(checked_tools(tools))))
+    (call,) = chunks[-1].tool_calls
+    assert call.name == "add"
+    assert call.arguments["a"] in (1, 2)
+    assert "".join(chunk.text for chunk in chunks) == ""
+    assert all(not chunk.tool_calls for chunk in chunks[:-1])
+    assert chat.messages[-1]["tool_calls"][0]["function"] == {"name": "add", "arguments": call.arguments}
+    chunks = list(chat.tool_results([(call, "3")], max_tokens=5, ignore_eos=True))
+    assert chunks[-1].tool_calls == ()
+    assert [one["role"] for one in chat.messages] == ["user", "assistant", "tool", "assistant"]
+    assert "<call add>" in chat.render("and")
+    with pytest.raises(ConfigError, match="no result"):
+        chat.tool_results([])
+
+
+def test_without_tools_nothing_is_held_back(chat_of: Any) -> None:
+    chat = chat_of()
+    text = "".join(chunk.text for chunk in chat.stream("x", max_tokens=60, regex=r'\{"name": "add"\}'))
+    assert text == '{"name": "add"}'
+    assert "tool_calls" not in chat.messages[-1]
