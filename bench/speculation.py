@@ -1,0 +1,173 @@
+"""What guessing brings, and that it changes nothing: paired speeds, and greedy ids beside those of plain decoding.
+
+    python bench/speculation.py --part resident|streamed|drafted|identity [--per-kind 3] [--tokens 96]
+
+Each child answers every prompt twice, plainly and with guesses, in turn. `identity` goes on from the plain answer
+wherever the two differ: a flip is counted with the gap between the two best log-probabilities there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import common
+import f32_models
+
+KINDS = ("copy", "summarise", "edit", "answer", "chat", "story", "list")
+COPYING = ("copy", "summarise", "edit", "answer")
+CONTEXT = 1024
+NOISE = 1.0
+"""Gap of log-probabilities below which another width of the pass may turn the order: logits move by up to this."""
+
+
+def prompts(kinds: list[str], per_kind: int) -> list[dict[str, str]]:
+    found = []
+    for kind in kinds:
+        lines = (common.HERE / "prompts" / f"{kind}.jsonl").read_text().splitlines()
+        found += [json.loads(line) for line in lines[:per_kind]]
+    return found
+
+
+def child(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    import edgelm
+
+    options = {key: spec[key] for key in ("memory", "backend", "threads", "draft") if spec.get(key) is not None}
+    rows = []
+    with edgelm.load(spec["model"], context=CONTEXT, **options) as model:
+        for prompt in prompts(spec["kinds"], spec["per_kind"]):
+            messages = [{"role": role, "content": prompt[role]} for role in ("system", "user")]
+            ids = model.tokenizer.encode_prompt(model.template.render(messages))
+            plain, gaps, plain_usage = _answer(model, ids, spec["tokens"], speculate=False, watched=spec["identity"])
+            guessed, _, usage = _answer(model, ids, spec["tokens"])
+            flips = []
+            if spec["identity"]:
+                flips = _flips(model, ids, plain, gaps, guessed)
+            rows.append(
+                {
+                    "id": prompt["id"],
+                    "kind": prompt["kind"],
+                    "plain_tps": plain_usage.decode_tps,
+                    "guessed_tps": usage.decode_tps,
+                    "per_pass": usage.tokens_per_pass,
+                    "drafted": usage.drafted_tokens,
+                    "accepted": usage.accepted_tokens,
+                    "tokens": len(plain),
+                    "same": plain == guessed,
+                    "flips": flips,
+                    "peak_bytes": usage.peak_bytes,
+                    "streamed": model.plan.streamed_bytes,
+                    "budget_bytes": usage.budget_bytes,
+                    "backend": usage.backend,
+                }
+            )
+    return rows
+
+
+def _answer(
+    model: Any, ids: list[int], n: int, *, speculate: bool = True, watched: bool = False
+) -> tuple[list[int], list[float], Any]:
+    watch = {"logprobs": 2} if watched else {}
+    chunks = list(model.stream_ids(ids, max_tokens=n, ignore_eos=True, speculate=speculate, **watch))
+    gaps = [chunk.logprobs.top[0][1] - chunk.logprobs.top[1][1] for chunk in chunks if chunk.logprobs]
+    return [chunk.token_id for chunk in chunks if chunk.token_id is not None], gaps, chunks[-1].usage
+
+
+def _flips(model: Any, ids: list[int], plain: list[int], gaps: list[float], guessed: list[int]) -> list[float]:
+    flips, at = [], 0
+    while True:
+        differing = next(
+            (i for i, pair in enumerate(zip(plain[at:], guessed, strict=True)) if pair[0] != pair[1]), None
+        )
+        if differing is None:
+            return flips
+        flips.append(round(gaps[at + differing], 4))
+        at += differing + 1
+        if at >= len(plain):
+            return flips
+        guessed, _, _ = _answer(model, [*ids, *plain[:at]], len(plain) - at)
+
+
+def settings(part: str, names: list[str]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for name in names:
+        model = common.find_model(name)
+        if part == "resident":
+            found += [{"model": str(model), "backend": backend, "memory": "2GB"} for backend in ("onnx", "llamacpp")]
+        elif part == "identity":
+            budgets = ["2GB", *{"smollm2-135m-instruct": ["110MB"], "gemma-3-270m": ["150MB"]}.get(name, [])]
+            found += [{"model": str(model), "backend": "llamacpp", "memory": memory} for memory in budgets]
+        else:
+            large = f32_models.made(name)
+            one = {"model": str(large), "backend": "llamacpp", "memory": large.stat().st_size // 2}
+            found.append(one | ({"draft": str(model)} if part == "drafted" else {}))
+    return found
+
+
+def main() -> None:
+    parser = common.arguments(__doc__, rounds=1)
+    parser.add_argument("--part", choices=("resident", "streamed", "drafted", "identity"), required=True)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--per-kind", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=96)
+    given = parser.parse_args()
+    conditions = {
+        "threads": given.threads,
+        "context": CONTEXT,
+        "tokens": given.tokens,
+        "prompts a kind": given.per_kind,
+    }
+    report = common.Report(f"speculation_{given.part}", conditions)
+    for setting in settings(given.part, given.models):
+        spec = setting | {"threads": given.threads, "kinds": given.kinds, "per_kind": given.per_kind}
+        spec |= {"tokens": given.tokens, "identity": given.part == "identity"}
+        rows = common.run([sys.executable, __file__, "--child", json.dumps(spec)]).json()
+        where = {"model": setting["model"].rpartition("/")[2], "backend": rows[0]["backend"]}
+        where |= {"budget MB": common.mb(rows[0]["budget_bytes"]), "streamed MB": common.mb(rows[0]["streamed"])}
+        if given.part == "identity":
+            flips = sorted(flip for row in rows for flip in row["flips"])
+            tokens = sum(row["tokens"] for row in rows)
+            report.add(
+                "greedy ids",
+                **where,
+                prompts=len(rows),
+                tokens=tokens,
+                **{
+                    "prompts the same": sum(row["same"] for row in rows),
+                    "flips at near ties": sum(flip < NOISE for flip in flips),
+                    "other differences": sum(flip >= NOISE for flip in flips),
+                    "one flip in": round(tokens / len(flips)) if flips else None,
+                    "largest gap": flips[-1] if flips else None,
+                    "all gaps": flips,
+                },
+            )
+            continue
+        for kind in given.kinds:
+            of_kind = [row for row in rows if row["kind"] == kind]
+            ratios = sorted(row["guessed_tps"] / row["plain_tps"] for row in of_kind)
+            report.add(
+                "speed",
+                **where,
+                kind=kind,
+                **{
+                    "plain tok/s": round(common.middle(row["plain_tps"] for row in of_kind), 2),
+                    "guessed tok/s": round(common.middle(row["guessed_tps"] for row in of_kind), 2),
+                    "ratio": round(common.middle(ratios), 3),
+                    "least ratio": round(ratios[0], 3),
+                    "tokens a pass": round(common.middle(row["per_pass"] for row in of_kind), 2),
+                    "guesses right": round(
+                        sum(row["accepted"] for row in of_kind) / max(sum(row["drafted"] for row in of_kind), 1), 3
+                    ),
+                    "peak MB": common.mb(max(row["peak_bytes"] for row in of_kind)),
+                    "ratios": [round(ratio, 3) for ratio in ratios],
+                },
+            )
+    report.finish()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(child(json.loads(sys.argv[2]))))
+    else:
+        main()
