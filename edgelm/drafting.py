@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from edgelm.engine.drafting import check_vocabulary, prepare_draft
+from edgelm.engine.drafting import VOCABULARY, check_vocabulary, prepare_draft
 from edgelm.engine.forward import Engine
 from edgelm.engine.loading import Prepared, Request, build, open_path
 from edgelm.errors import BudgetTooSmall
@@ -14,7 +14,12 @@ from edgelm.files.model import ModelFile
 from edgelm.sizes import human
 
 if TYPE_CHECKING:
+    from edgelm.memory.plan import Plan
     from edgelm.opening import Part
+
+DRAFTED, EXPECTED = 4, 3.4
+"""Guesses of a round, and tokens that it is taken to yield before anything is known of a draft: what a copy of a model in
+two bits yielded on open chat."""
 
 
 class Draft(NamedTuple):
@@ -41,25 +46,40 @@ def with_draft(
 ) -> tuple[Prepared, Draft | None, tuple[str, ...]]:
     """Plan a model with the draft at `path` beside it; return the plan, the draft, and sentences for the user.
 
-    The draft is dropped where the budget holds only one of them, or where the model would have to stream because of it.
+    The draft is dropped where the budget holds only one of them, or where its memory is worth more as that of weights.
     Raises `ConfigError` if the two do not share a vocabulary.
     """
+    target = open_path(source.paths[0]) if VOCABULARY in source.metadata else source
+    check_vocabulary(target, open_path(path))  # opened for this only: vocabularies are large
+    del target
     file = open_path(path)
-    check_vocabulary(source, file)
+    plain = planned(request)  # first: what opening a draft leaves behind in the process must not cost the model a plan
     part = open_part(file)
     try:
         draft = Draft(part, prepare_draft(part.phase, request, source))
-        needs = f"it would take {human(draft.prepared.plan.planned_bytes)}"
-        try:
-            prepared = planned(replace(request, draft_bytes=draft.prepared.plan.planned_bytes))
-        except BudgetTooSmall:
-            part.close()
-            return planned(request), None, (f"the draft model was dropped: {needs}, and the budget holds only one",)
-        if prepared.plan.streamed and not (plain := planned(request)).plan.streamed:
-            part.close()
-            return plain, None, (f"the draft model was dropped: {needs}, and without it all weights stay in memory",)
+        prepared, reason = _beside(plain, draft.prepared.plan, request, planned)
     except BaseException:
         part.close()
         raise
+    if reason:
+        part.close()
+        needs = human(draft.prepared.plan.planned_bytes)
+        return plain, None, (f"the draft model was dropped: it would take {needs}, and {reason}",)
     told = f"draft model {file.name}: {human(draft.prepared.plan.planned_bytes)}, resident"
     return prepared, draft, (*part.told, told)
+
+
+def _beside(
+    plain: Prepared, draft: Plan, request: Request, planned: Callable[[Request], Prepared]
+) -> tuple[Prepared, str]:
+    """Return the model's plan beside the draft's, or its plan without and why that is the better one."""
+    try:
+        prepared = planned(replace(request, draft_bytes=draft.planned_bytes))
+    except BudgetTooSmall:
+        return plain, "the budget holds only one"
+    if prepared.plan.streamed and not plain.plan.streamed:
+        return plain, "without it all weights stay in memory"
+    round_s = prepared.plan.pass_s(DRAFTED + 1) + DRAFTED * draft.pass_s(1)
+    if prepared.plan.streamed and round_s > EXPECTED * plain.plan.pass_s(1) > 0:
+        return plain, "so much more would be read from flash that it would slow the model down"
+    return prepared, ""

@@ -54,6 +54,8 @@ class Model:
         self.notes: tuple[str, ...] = opened.notes
         self._conversation = Conversation(opened.engine)
         self._draft = opened.draft
+        if opened.draft is not None:
+            opened.draft.leave_core(bool(opened.engine.plan.streamed))
         draft = Conversation(opened.draft) if opened.draft is not None else None
         self._speculator = Speculator(opened.engine, draft) if opened.speculate else None
         self.turns = Turns(self._abort)
@@ -328,21 +330,24 @@ class Model:
 
             with self.turns.between():
                 more_bytes = self._more_bytes + Forms.memory_bytes(self.tokenizer)
-                plan, _ = self._replan(self.plan.budget_bytes, more_bytes)
-                self._engine.carry_out(plan)
+                self._carry_out(*self._replan(self.plan.budget_bytes, more_bytes))
                 self._more_bytes = more_bytes
-                trim()
                 self._forms = Forms(self.tokenizer, self._engine.n_vocab)
         return self._forms
 
     def _go_over(self, budget_bytes: int) -> Plan:
         plan, notes = self._replan(budget_bytes, self._more_bytes)
+        self._carry_out(plan, notes)
+        return plan
+
+    def _carry_out(self, plan: Plan, notes: tuple[str, ...]) -> None:
         if self._draft is not None and not plan.demand.draft_bytes:
             self._drop_draft()
         self._engine.carry_out(plan)
+        if self._draft is not None:
+            self._draft.leave_core(bool(plan.streamed))
         trim()
         self.notes = notes
-        return plan
 
     def close(self) -> None:
         """Give all memory back. Streams are stopped first; one that was left half-way ends when it is read again."""

@@ -15,10 +15,11 @@ from edgelm.engine.phases import LARGE_BYTES, Phase
 from edgelm.engine.registry import get_architecture
 from edgelm.errors import ConfigError
 from edgelm.files.model import ModelFile
+from edgelm.files.strings import StringArray
 
 CHUNK = 64
 """Tokens of a draft's prompt pass: its scratch memory is taken from the weights of the other model."""
-_TOKENS, _MODEL = "tokenizer.ggml.tokens", "tokenizer.ggml.model"
+VOCABULARY, _MODEL = "tokenizer.ggml.tokens", "tokenizer.ggml.model"
 
 
 def check_vocabulary(target: ModelFile, draft: ModelFile) -> None:
@@ -26,12 +27,15 @@ def check_vocabulary(target: ModelFile, draft: ModelFile) -> None:
 
     Tables may be padded to other lengths: ids that only one of them has are never guessed.
     """
-    ours, theirs = target.metadata.get(_TOKENS), draft.metadata.get(_TOKENS)
-    if ours is None or theirs is None:
+    ours, theirs = target.metadata.get(VOCABULARY), draft.metadata.get(VOCABULARY)
+    if not isinstance(ours, StringArray) or not isinstance(theirs, StringArray):
         raise ConfigError("a draft model and its target must both be GGUF files with their vocabulary in them")
     kinds = target.metadata.get(_MODEL), draft.metadata.get(_MODEL)
     shorter = min(len(ours), len(theirs))
-    differing = next((i for i in range(shorter) if ours[i] != theirs[i]), None)
+    differing = None
+    if ours != theirs:
+        pairs = enumerate(zip(ours.iter_raw(), theirs.iter_raw(), strict=False))
+        differing = next((i for i, (one, other) in pairs if one != other), None)
     if kinds[0] != kinds[1] or differing is not None or 2 * shorter < max(len(ours), len(theirs)):
         where = f"token {differing} differs" if differing is not None else f"{len(theirs)} tokens against {len(ours)}"
         raise ConfigError(

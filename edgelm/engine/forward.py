@@ -268,6 +268,10 @@ class Engine:
         self.arena.keep(rows, self._n_tried)
         self._n_tried = 0
 
+    def leave_core(self, on: bool) -> None:
+        """Compute narrow passes on one thread fewer while the weights of another model are read beside this one."""
+        self._pace = Pace(self.n_threads, on, tries=False)
+
     def check(self, ids: Sequence[int], n_outputs: int, most: int | None = None) -> None:
         """Raise what `forward` raises before it computes anything."""
         if self._closed:

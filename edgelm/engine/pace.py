@@ -3,13 +3,14 @@
 Kernels spin while they wait for each other, and readers need a core: where flash is slower than computing, one thread
 fewer costs nothing and saves a core's power; where computing is slower, every thread counts; and on some systems
 spinning threads hold readers up. Which it is shows in the passes themselves: both ways are tried now and then, and the
-faster is kept. Knows seconds, no engine.
+faster is kept. Passes that verify guesses go the way of those of one token: kernels that spin while they share their
+cores with readers took up to a hundred times as long on a busy machine. Knows seconds, no engine.
 """
 
 from __future__ import annotations
 
-WIDE_TOKENS = 8
-"""Passes of at least this many tokens are bound by compute even where weights stream."""
+WIDE_TOKENS = 33
+"""Passes of at least this many tokens read a prompt, and are bound by compute even where weights stream."""
 FIRST_TRIAL, LAST_TRIAL = 16, 256
 """Passes until the other way is tried again: twice as many each time that it loses."""
 _WORTH = 0.97
@@ -19,20 +20,21 @@ _FRESH = 0.4
 class Pace:
     """Decides for one plan. `threads` before every pass, `passed` after it."""
 
-    def __init__(self, n_threads: int, streams: bool) -> None:
-        self._all = n_threads
+    def __init__(self, n_threads: int, streams: bool, tries: bool = True) -> None:
+        """`tries`: whether the other way is tried; else narrow passes take one thread fewer where weights stream."""
+        self._all, self._tries = n_threads, tries
         self._few = max(1, n_threads - 1) if streams else n_threads
         self._usual_s: dict[int, float] = {}
         self._chosen, self._trial, self._n_left = self._few, FIRST_TRIAL, 2
 
     def threads(self, n_tokens: int) -> int:
-        if n_tokens == 1:
-            return self._other if self._n_left == 0 else self._chosen
-        return self._all if n_tokens >= WIDE_TOKENS else self._few
+        if n_tokens == 1 and self._n_left == 0:
+            return self._other
+        return self._all if n_tokens >= WIDE_TOKENS else self._chosen
 
     def passed(self, n_tokens: int, seconds: float) -> None:
         """Learn from the pass that `threads` was asked for last."""
-        if n_tokens != 1 or self._few == self._all:
+        if n_tokens != 1 or self._few == self._all or not self._tries:
             return
         if self._n_left:
             self._n_left -= 1

@@ -36,7 +36,19 @@ def test_a_flash_that_slows_down_is_noticed() -> None:
 
 
 def test_wide_passes_and_resident_models_use_every_thread() -> None:
-    assert Pace(4, True).threads(8) == 4
+    assert Pace(4, True).threads(64) == 4
     assert Pace(4, True).threads(2) == 3
     assert walk(Pace(1, True), 1.0, 1.0, 40) == [1] * 40
     assert walk(Pace(2, False), 1.0, 1.0, 40) == [2] * 40
+
+
+def test_passes_of_guesses_go_the_way_that_passes_of_one_token_went() -> None:
+    for few_s, all_s, n_threads in ((1.0, 3.0, 1), (3.0, 1.0, 2)):
+        pace = Pace(2, True)
+        walk(pace, few_s, all_s, 40)
+        assert [pace.threads(n) for n in (2, 8, 32)] == [n_threads] * 3
+
+
+def test_beside_the_reads_of_another_model_nothing_is_tried() -> None:
+    assert walk(Pace(2, True, tries=False), 3.0, 1.0, 400) == [1] * 400
+    assert walk(Pace(2, False, tries=False), 3.0, 1.0, 4) == [2] * 4
