@@ -68,7 +68,10 @@ if TYPE_CHECKING:
     help="With --json: each token's log-probability, and those of the N likeliest.",
 )
 @click.option(
-    "--json-schema", type=click.File("rb"), metavar="FILE", help="Answer with JSON that is valid against this schema."
+    "--json-schema",
+    type=click.File("rb", lazy=True),
+    metavar="FILE",
+    help="Answer with JSON that is valid against this schema.",
 )
 @click.option("--regex", metavar="PATTERN", help="Answer with text that matches the whole PATTERN.")
 @click.option(
