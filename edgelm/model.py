@@ -136,18 +136,36 @@ class Model:
 
         `kept`: a beginning of these ids that is to be kept on flash for other processes.
         """
-        given = dict(options)
         max_tokens, timeout_s = options.get("max_tokens"), options.get("timeout_s")
         stop = options.get("stop", ())
+        make, ends = self.sampling(options)
+        n_top = options.get("logprobs")
+        if n_top is not None and not 0 <= n_top <= MOST_LOGPROBS:
+            raise ConfigError(f"logprobs must be between 0 and {MOST_LOGPROBS} alternatives, got {n_top}")
+        matcher = StopMatcher([stop] if isinstance(stop, str) else stop)
+        ids = encode()
+        if not ids:
+            raise ConfigError("the prompt is empty; give it at least one token")
+        sampler = make(len(ids))
+        if n_top is not None:
+            sampler = Watched(sampler, n_top)
+        clock = Clock(self._engine, self._conversation.counts, self._meter, self.backend, len(ids))
+        speculator = self._speculator if options.get("speculate", True) else None
+        return self._run(turn, ids, sampler, matcher, max_tokens, ends, timeout_s, clock, speculator, kept)
+
+    def sampling(self, options: Options) -> tuple[Callable[[int], Sampler], frozenset[int]]:
+        """Return what makes the sampler of one answer to a prompt of so many ids, and the ids that end it.
+
+        Raises `ConfigError` for options that make no sense.
+        """
+        given: dict[str, Any] = dict(options)
+        max_tokens, timeout_s = options.get("max_tokens"), options.get("timeout_s")
         for name in OWN_OPTIONS:
             given.pop(name, None)
         if max_tokens is not None and max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
         if timeout_s is not None and timeout_s <= 0:
             raise ConfigError(f"timeout_s must be above 0 seconds, got {timeout_s}")
-        n_top = options.get("logprobs")
-        if n_top is not None and not 0 <= n_top <= MOST_LOGPROBS:
-            raise ConfigError(f"logprobs must be between 0 and {MOST_LOGPROBS} alternatives, got {n_top}")
         if given.get("dry_multiplier"):
             given["dry_breakers"] = self.tokenizer.containing(frozenset(options.get("dry_breakers", DRY_BREAKERS)))
         sampler = make_sampler(sampling_of(given), tuple(options.get("processors", ())))
@@ -156,18 +174,12 @@ class Model:
             from edgelm.structured import form_of
 
             form = form_of(options.get("json_schema"), options.get("regex"), options.get("grammar"))
-        matcher = StopMatcher([stop] if isinstance(stop, str) else stop)
-        ids = encode()
-        if not ids:
-            raise ConfigError("the prompt is empty; give it at least one token")
+
+        def make(n_prompt: int) -> Sampler:
+            return sampler if form is None else self._forms_here().constrain(sampler, form, n_prompt)
+
         ends = frozenset[int]() if options.get("ignore_eos") and form is None else self.tokenizer.eos_ids
-        if form is not None:
-            sampler = self._forms_here().constrain(sampler, form, len(ids))
-        if n_top is not None:
-            sampler = Watched(sampler, n_top)
-        clock = Clock(self._engine, self._conversation.counts, self._meter, self.backend, len(ids))
-        speculator = self._speculator if options.get("speculate", True) else None
-        return self._run(turn, ids, sampler, matcher, max_tokens, ends, timeout_s, clock, speculator, kept)
+        return make, ends
 
     def _run(
         self,
@@ -216,7 +228,9 @@ class Model:
         """Return `n` answers to `prompt`, computed side by side, the likeliest by mean log-probability first.
 
         The prompt is computed once and every pass over the weights serves all of them. With a `seed`, answer i draws
-        with `seed + i`. Raises `ConfigError` where the budget has no room for so many, or an option does not apply.
+        with `seed + i`, as a stream with that seed does. A verifier of your own chooses with
+        `max(model.samples(prompt, 4), key=verifier)`. Without `max_tokens` answers share what the prompt leaves of the
+        context. Raises `ConfigError` where there is no room for so many: `load` with `parallel=n`.
         """
         return self.samples_of(self.tokenizer.encode(prompt), n, **options)
 
