@@ -131,6 +131,7 @@ def load(
     draft: str | PathLike[str] | None = None,
     spill: bool = True,
     kv: str = "f16",
+    parallel: int = 1,
     adaptive: bool | Callable[[str], None] = False,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
@@ -151,6 +152,8 @@ def load(
     them for keys and values ("q8_0:q4_0"), or "auto" for the first of these with which all weights stay in memory.
     Where a `context` that was asked for fits in no other way, the oldest keys and values go to flash, in the cache
     folder, and are read back for every token: the answer is the same; `spill=False` raises `BudgetTooSmall` instead.
+    `parallel` is the number of answers to one prompt that `Model.samples` is to have room for, however little memory
+    there is. The context holds all of them: the prompt once, and the tokens of each.
     `simulate` names one of `devices()`: reading weights is slowed down to that device's flash, and its budget and
     threads stand in for those not given; the processor stays this machine's own.
 
@@ -162,9 +165,7 @@ def load(
     from edgelm.opening import open_engine
 
     drafted_by = None if draft is None else fspath(draft)
-    wishes = Wishes(
-        memory, backend, threads, context, simulate, speculate=speculate, draft=drafted_by, spill=spill, kv=kv
-    )
+    wishes = Wishes(memory, backend, threads, context, simulate, 1, speculate, drafted_by, kv, spill, parallel)
     return Model(open_engine(path, wishes, progress, notice), adaptive)
 
 

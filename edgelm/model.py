@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from edgelm.engine.generate import Conversation, FinishReason, token_ids
 from edgelm.engine.logprobs import Watched
+from edgelm.engine.sampling import Sampler
 from edgelm.engine.speculation.speculator import Speculator
 from edgelm.errors import Cancelled, ConfigError
 from edgelm.files.model import ModelFile
@@ -137,15 +138,28 @@ class Model:
         ids = encode()
         if not ids:
             raise ConfigError("the prompt is empty; give it at least one token")
-        sampler, ends = asked.sampler, self.tokenizer.eos_ids
-        if asked.form is not None:
-            sampler = self._forms_here().constrain(sampler, asked.form, len(ids))
-        elif asked.ignores_ends:
-            ends = frozenset()
+        sampler, ends = self._sampler_of(asked, len(ids)), self._ends_of(asked)
         if asked.n_top is not None:
             sampler = Watched(sampler, asked.n_top)
         clock = Clock(self._engine, self._conversation.counts, self._meter, self.backend, len(ids))
         return self._run(turn, ids, asked._replace(sampler=sampler), ends, clock, kept)
+
+    def sampling(self, options: Options) -> tuple[Callable[[int], Sampler], frozenset[int]]:
+        """Return what makes the sampler of one answer to a prompt of so many ids, and the ids that end it.
+
+        Raises `ConfigError` for options that make no sense.
+        """
+        asked = asked_for(options, self.tokenizer)
+        return partial(self._sampler_of, asked), self._ends_of(asked)
+
+    def _sampler_of(self, asked: Asked, n_prompt: int) -> Sampler:
+        """Return the sampler for an answer to a prompt of so many ids."""
+        if asked.form is None:
+            return asked.sampler
+        return self._forms_here().constrain(asked.sampler, asked.form, n_prompt)
+
+    def _ends_of(self, asked: Asked) -> frozenset[int]:
+        return frozenset() if asked.ignores_ends and asked.form is None else self.tokenizer.eos_ids
 
     def _run(
         self,
@@ -191,7 +205,9 @@ class Model:
         """Return `n` answers to `prompt`, computed side by side, the likeliest by mean log-probability first.
 
         The prompt is computed once and every pass over the weights serves all of them. With a `seed`, answer i draws
-        with `seed + i`. Raises `ConfigError` where the budget has no room for so many, or an option does not apply.
+        with `seed + i`, as a stream with that seed does. A verifier of your own chooses with
+        `max(model.samples(prompt, 4), key=verifier)`. Without `max_tokens` answers share what the prompt leaves of the
+        context. Raises `ConfigError` where there is no room for so many: `load` with `parallel=n`.
         """
         return self.samples_of(self.tokenizer.encode(prompt), n, **options)
 

@@ -181,10 +181,11 @@ def plan(
     draft: str | PathLike[str] | None = None,
     spill: bool = True,
     kv: str = "f16",
+    parallel: int = 1,
 ) -> Plan:
     """Return the plan that `load` would carry out, without reading weights. Raises what `load` raises."""
     drafted_by = None if draft is None else os.fspath(draft)
-    wishes = Wishes(memory, backend, threads, context, simulate, 1, speculate, drafted_by, kv, spill)
+    wishes = Wishes(memory, backend, threads, context, simulate, 1, speculate, drafted_by, kv, spill, parallel)
     if is_genai_folder(path):
         from edgelm.opening_graph import graph_plan
 
@@ -258,8 +259,10 @@ def _with_backend(
     host: _Host,
 ) -> Ready:
     wishes = asked.wishes
-    how = (wishes.max_outputs, wishes.speculate)
-    request = Request(asked.budget_bytes, wishes.context, asked.n_threads, *how, spill=wishes.spill, kv=wishes.kv)
+    request = Request(
+        asked.budget_bytes, wishes.context, asked.n_threads, wishes.max_outputs, wishes.speculate, wishes.kv,
+        spill=wishes.spill, parallel=wishes.parallel,
+    )  # fmt: skip
     prompts, answers = split_name(name)
     parts: list[Part] = []
     try:

@@ -79,6 +79,8 @@ def _get_ready(path: Path, wishes: Wishes) -> _Ready:
             "a simulated device slows down reads while a model runs, and an ONNX graph reads nothing then; "
             "leave --simulate out, or use the model as a GGUF file"
         )
+    if wishes.parallel > 1:
+        raise ConfigError("an ONNX graph computes one answer at a time; leave parallel out, or use a GGUF file")
     n_threads = threads_of(wishes.threads, device_of(None, wishes.threads))
     tune_allocator()
     file, folder = open_genai(path)

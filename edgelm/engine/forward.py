@@ -257,7 +257,7 @@ class Engine:
         Raises as `forward` does. `truncate` to the prompt ends all of them.
         """
         self.check(ids, len(ids), self.max_rows)
-        claim.take(self.arena, answers)
+        claim.take(answers)
         self._pass(ids, len(ids), final=True, claim=claim)
         self.arena.advance(len(ids))
         claim.passed()

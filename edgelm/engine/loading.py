@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from edgelm.engine.architecture import record
 from edgelm.engine.backend import Adopting, Backend, CacheLayout, Session, WeightLayout, layout_of
 from edgelm.engine.cache_types import layouts_for
-from edgelm.engine.demand import CHUNKS, Demands, Model, describe, with_room
+from edgelm.engine.demand import Demands, Model, describe, with_room
+from edgelm.engine.drafted_rows import most_rows
 from edgelm.engine.forward import Engine
 from edgelm.engine.registry import get_architecture
 from edgelm.engine.spilling import Spilling, open_spilled, spilling_of
-from edgelm.engine.state import FLOAT_BYTES
 from edgelm.errors import BudgetTooSmall, ConfigError, UnsupportedModel
 from edgelm.files.index import is_folder, is_genai_folder, open_indexed
 from edgelm.files.meta import Meta
@@ -35,12 +35,6 @@ DEFAULT_CONTEXT = 4096
 MIN_CONTEXT = 16
 MAX_OUTPUTS = 64
 """Rows of logits of one pass: a row of the largest vocabularies takes a megabyte."""
-ROWS, RESIDENT_ROWS = (32, 16, 8, 4), 16
-"""Rows of drafts that a pass may verify. Where all weights stay, wider passes cost more than they bring."""
-ROWS_SHARE = 0.05
-"""Share of the weights' memory that the logits of drafts may take."""
-ROWS_OF_STREAMED = 0.015
-"""How much more may be read from flash in each pass for them."""
 _ROUNDS = 6
 
 
@@ -58,6 +52,8 @@ class Request:
     draft_bytes: int = 0
     """What a draft model takes of the budget."""
     spill: bool = True
+    parallel: int = 1
+    """Answers side by side that there is to be room for."""
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < MIN_CONTEXT:
@@ -65,6 +61,8 @@ class Request:
         most = min(MAX_OUTPUTS, self.context or MIN_CONTEXT)
         if not 1 <= self.max_outputs <= most:
             raise ConfigError(f"max_outputs must be between 1 and {most} rows of logits, got {self.max_outputs}")
+        if not 1 <= self.parallel <= most:
+            raise ConfigError(f"parallel must be between 1 and {most} answers, got {self.parallel}")
 
 
 class Prepared(NamedTuple):
@@ -148,7 +146,8 @@ def prepare(
     refused: list[BudgetTooSmall] = []
     for cache in layouts_for(request.kv, backend, layers):
         try:
-            prepared = _prepare(file, backend, session, request, process_bytes, rates, pattern, cache)
+            sized = cache._replace(windows=request.parallel)
+            prepared = _prepare(file, backend, session, request, process_bytes, rates, pattern, sized)
         except BudgetTooSmall as exc:
             refused.append(exc)
             continue
@@ -190,7 +189,8 @@ def _prepare(
             if request.context is None and context > 512:
                 context //= 2
                 continue
-            found = spilling_of(model, request.n_threads) if request.spill and request.context else None
+            spills = request.spill and request.context and request.parallel == 1
+            found = spilling_of(model, request.n_threads) if spills else None
             if found is None:
                 raise
             model, spilling = found
@@ -293,34 +293,13 @@ class Terms(NamedTuple):
 
 
 def with_rows(model: Model, demands: Callable[..., Demands], request: Request, budget_bytes: int, terms: Terms) -> Plan:
-    """Return the plan with as many rows for drafts as are worth their memory; `settle` says what it raises.
+    """Return the plan with as many rows for drafts as are worth their memory; `settle` says what it raises."""
 
-    More rows let a pass yield more tokens, but their logits take memory from the weights that stay.
-    """
-    if not request.speculate:
-        return settle(model, demands(), budget_bytes, terms)
-    roomy = _settled(model, demands(n_rows=RESIDENT_ROWS), budget_bytes, terms)
-    if roomy is not None and not roomy.streamed and roomy.chunk >= min(CHUNKS[0], terms.context):
-        return roomy
-    plain = settle(model, demands(), budget_bytes, terms)
-    room = max(ROWS_SHARE * (plain.pinned_bytes + plain.slots_bytes), ROWS_OF_STREAMED * plain.streamed_bytes)
-    for n_rows in ROWS:
-        if n_rows * model.n_vocab * FLOAT_BYTES > room:
-            continue
-        plan = _settled(model, demands(n_rows=n_rows), budget_bytes, terms)
-        if plan is not None and bool(plan.streamed) == bool(plain.streamed):
-            return plan
-    return plain
+    def plan_with(n_rows: int) -> Plan | None:
+        found = demands(n_rows=n_rows)
+        return settle(model, found, budget_bytes, terms) if found.chunks else None
 
-
-def _settled(model: Model, demands: Demands, budget_bytes: int, terms: Terms) -> Plan | None:
-    """Return the plan, or None if there is none."""
-    if not demands.chunks:
-        return None
-    try:
-        return settle(model, demands, budget_bytes, terms)
-    except BudgetTooSmall:
-        return None
+    return most_rows(plan_with, request, model.n_vocab, terms.context)
 
 
 def settle(model: Model, demands: Demands, budget_bytes: int, terms: Terms) -> Plan:

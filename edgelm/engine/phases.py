@@ -16,6 +16,7 @@ from edgelm.engine import demand
 from edgelm.engine.architecture import record
 from edgelm.engine.backend import Adopting, Backend, CacheLayout, Session
 from edgelm.engine.demand import Demands, Model, describe
+from edgelm.engine.drafted_rows import most_rows
 from edgelm.engine.forward import Engine
 from edgelm.engine.ir import Op, Trace, Value
 from edgelm.engine.loading import (
@@ -96,10 +97,10 @@ def _prepare_at(answers: Phase, prompts: Phase, request: Request, process_bytes:
         trace = trace if phase is answers else until_cached(trace)
         model = describe(trace, phase.file.tensors, phase.file.gathered)
         check_types(model, phase.backend)
-        parts.append(_Part(model, phase.session, can.cache, phase.rates, can.streams))
+        cache = can.cache._replace(windows=request.parallel)
+        parts.append(_Part(model, phase.session, cache, phase.rates, can.streams))
     widest = next((chunk for chunk in demand.CHUNKS if chunk <= context), demand.CHUNKS[-1])
-    both = _Both(parts[0], parts[1], context, widest, process_bytes, request.max_outputs)
-    plan = both.plan(request.budget_bytes)
+    plan = _planned(parts[0], parts[1], context, widest, process_bytes, request, request.budget_bytes)
     assert plan.prompts is not None
     first, second = (
         Prepared(
@@ -118,9 +119,8 @@ def replan(prepared: Prepared, engine: Engine, budget_bytes: int) -> Plan:
     answers, prompts = (
         _Part(one.model, one.session, one.cache, one.rates, one.streams) for one in (prepared, prepared.prompts)
     )
-    arena, n_outputs = engine.arena, prepared.request.max_outputs
-    both = _Both(answers, prompts, arena.context, arena.chunk, prepared.process_bytes, n_outputs)
-    return both.plan(budget_bytes)
+    arena, request = engine.arena, prepared.request
+    return _planned(answers, prompts, arena.context, arena.chunk, prepared.process_bytes, request, budget_bytes)
 
 
 def build(
@@ -168,19 +168,45 @@ class _Part(NamedTuple):
         return cache_bytes(self.model.layers, context, chunk, self.cache)
 
 
+def _planned(
+    answers: _Part,
+    prompts: _Part,
+    context: int,
+    chunk: int,
+    process_bytes: int,
+    request: Request,
+    budget_bytes: int,
+) -> Plan:
+    """Return the plan of both, with as many rows for drafts as are worth their memory."""
+
+    def plan_with(n_rows: int) -> Plan | None:
+        both = _Both(answers, prompts, context, chunk, process_bytes, request.max_outputs, n_rows)
+        return both.plan(budget_bytes) if both.can_answer else None
+
+    return most_rows(plan_with, request, answers.model.n_vocab, context)
+
+
 class _Both:
     """Plans for two backends that share a budget. The cache is made for passes of `chunk` tokens."""
 
     def __init__(
-        self, answers: _Part, prompts: _Part, context: int, chunk: int, process_bytes: int, max_outputs: int
+        self,
+        answers: _Part,
+        prompts: _Part,
+        context: int,
+        chunk: int,
+        process_bytes: int,
+        max_outputs: int,
+        n_rows: int,
     ) -> None:
         self._answers, self._prompts, self._rates = answers, prompts, answers.rates
         own_cache = 0 if prompts.cache == answers.cache else prompts.cache_bytes(context, chunk)
         self._terms = answers.terms(context), prompts.terms(context)
         self._answering = Demands(
             answers.model, answers.session, context, process_bytes, max_outputs, answers.cache,
-            (chunk, answers.cache_bytes(context, chunk)), LEAST_PROMPT + max_outputs,
+            (chunk, answers.cache_bytes(context, chunk)), max(LEAST_PROMPT + max_outputs, n_rows), n_rows,
         )  # fmt: skip
+        self.can_answer = bool(self._answering.chunks)
         self._prompting = Demands(prompts.model, prompts.session, context, 0, 1, prompts.cache, (chunk, own_cache))
 
     def plan(self, budget_bytes: int) -> Plan:

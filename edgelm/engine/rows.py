@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,8 @@ Logits = NDArray[np.float32]
 class Rows:
     """Logits of `n_rows` rows. Valid until the next pass."""
 
-    def __init__(self, tiles: Sequence[Logits]) -> None:
-        """`tiles`: float32 [rows, width] each, side by side over the vocabulary."""
+    def __init__(self, tiles: Sequence[NDArray[Any]]) -> None:
+        """`tiles`: [rows, width] each, side by side over the vocabulary; float32, or what a graph gives."""
         self._tiles = tuple(tiles)
         self._whole: Logits | None = None
 
@@ -26,7 +27,7 @@ class Rows:
     def __getitem__(self, row: int) -> Logits:
         """Return the logits [n_vocab] of a row. Its memory may be written to, and is used again for the next one."""
         if len(self._tiles) == 1:
-            only: Logits = self._tiles[0][row]
+            only: Logits = self._tiles[0][row].astype(np.float32, copy=False)
             return only
         if self._whole is None:
             self._whole = np.empty(sum(tile.shape[1] for tile in self._tiles), np.float32)

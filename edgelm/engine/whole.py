@@ -201,7 +201,7 @@ class WholeEngine:
         check_request(self, ids, len(ids), self.max_rows, self.n_vocab)
         self._pass(ids)
         self._n_tried = len(ids)
-        return Rows([self._logits[: len(ids)].astype(np.float32, copy=False)])
+        return Rows([self._logits[: len(ids)]])  # single rows become float32: there is no room for a copy of all
 
     def keep(self, rows: Sequence[int]) -> None:
         """Store the first rows of the last verified pass."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 class Wishes(NamedTuple):
     """How a model is to be loaded; `edgelm.load` says what each of them means. `max_outputs`: rows of logits a
-    pass."""
+    pass; `parallel`: answers side by side."""
 
     memory: str | int | None = None
     backend: str = "auto"
@@ -19,3 +19,4 @@ class Wishes(NamedTuple):
     draft: str | None = None
     kv: str = "f16"
     spill: bool = True
+    parallel: int = 1

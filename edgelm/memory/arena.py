@@ -56,9 +56,9 @@ def is_chain(parents: Sequence[int]) -> bool:
 
 
 def capacity(window: int, context: int, chunk: int, layout: CacheLayout = USUAL) -> int:
-    """Return the places of a group: the context, or the window and the widest pass."""
+    """Return the places of a group: the context, or the windows and the widest pass."""
     full = align_up(context, PLACE_STEP)
-    return min(full, align_up(window + chunk, PLACE_STEP)) if window and layout.rings else full
+    return min(full, align_up(window * layout.windows + chunk, PLACE_STEP)) if window and layout.rings else full
 
 
 def cache_bytes(layers: Sequence[LayerCache], context: int, chunk: int, layout: CacheLayout = USUAL) -> int:

@@ -26,13 +26,15 @@ class CacheLayout(NamedTuple):
     `item`: what keys are made of, and values if no `value_item` is given; quantized types are ggml's blocks. `values`:
     "dim_place" is [head, dimension, place] (with the places innermost, the weighted sum over values is a matrix product
     without a copy), "place_dim" as the keys; quantized values must lie so. Without `rings` layers with a window have a
-    place for every position, too, and the place is the position.
+    place for every position, too, and the place is the position. `windows`: how many windows a ring holds; answers that
+    are computed side by side have one each.
     """
 
     item: Item = "f16"
     values: Literal["dim_place", "place_dim"] = "dim_place"
     rings: bool = True
     value_item: Item | None = None
+    windows: int = 1
 
     @property
     def items(self) -> tuple[Item, Item]:

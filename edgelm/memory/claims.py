@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.errors import ContextOverflow
 from edgelm.memory.arena import KVArena, depths, is_chain
 
 
@@ -55,14 +54,9 @@ class SideBySide:
         self._owners = {group: np.full(arena.most_places(group), -1, np.int32) for group in arena.windows}
         self._rows = np.empty(0, np.int64)
 
-    def take(self, arena: KVArena, answers: Sequence[int]) -> None:
-        """Say which answers the next pass has tokens of. Raises `ContextOverflow` if a window has no place left."""
+    def take(self, answers: Sequence[int]) -> None:
+        """Say which answers the next pass has tokens of, each once."""
         self._rows = np.asarray(answers, np.int64)
-        needed = arena.n_past + len(answers)
-        for group, window in arena.windows.items():
-            first_seen = max(self._n_prompt + int(self._lengths[self._rows].min()) - window + 1, 0) if window else 0
-            if needed - first_seen > arena.most_places(group):
-                raise ContextOverflow(needed, first_seen + arena.most_places(group))
 
     def positions(self, n_past: int) -> NDArray[np.int32]:
         return self._n_prompt + self._lengths[self._rows]
@@ -72,10 +66,13 @@ class SideBySide:
         n, window = len(self._rows), arena.windows[group]
         np.remainder(np.arange(arena.n_past, arena.n_past + n), len(held), out=places)
         positions = self.positions(arena.n_past)
+        last = positions[:, None]
+        first = np.maximum(last - window + 1, 0) if window else np.zeros_like(last)
+        taken, theirs = held[places], owners[places]
+        own = (theirs == self._rows[:, None]) | ((theirs < 0) & (taken < self._n_prompt))
+        assert not (own & (taken >= first)).any(), "a ring has too few places: see `tokens_each`"
         held[places], owners[places] = positions, self._rows
         seen, theirs = held[: mask.shape[1]], owners[: mask.shape[1]]
-        last = positions[:, None]
-        first = np.maximum(last - window + 1, 0) if window else 0
         own = (theirs == self._rows[:, None]) | ((theirs < 0) & (seen < self._n_prompt))
         mask.fill(-np.inf)
         np.copyto(mask, 0.0, where=own & (seen >= first) & (seen <= last) & (seen >= 0))
@@ -83,3 +80,16 @@ class SideBySide:
     def passed(self) -> None:
         """The pass is done."""
         self._lengths[self._rows] += 1
+
+
+def tokens_each(arena: KVArena, n_prompt: int, n: int) -> tuple[int, int]:
+    """Return how many tokens each of `n` answers to a prompt can store: as the context has room, and as rings have.
+
+    A ring holds the end of the prompt until every answer has passed it, and a window of each answer after that.
+    """
+    in_context, in_rings = (arena.context - n_prompt) // n, arena.context
+    for group, window in arena.windows.items():
+        places = arena.most_places(group)
+        if window and places < arena.context and (places := places - n) < n * window:  # a pass may be cut in two
+            in_rings = min(in_rings, max((places - n_prompt) // n, (places - window) // (n - 1)))
+    return in_context, in_rings

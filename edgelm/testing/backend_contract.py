@@ -31,6 +31,7 @@ from edgelm.testing.recording import Floats, Recording
 
 N_TOKENS = (1, 2, 7, 33)
 TILED_TYPES = (TensorType.F32, TensorType.Q4_0, TensorType.Q8_0, TensorType.Q4_K, TensorType.Q6_K)
+TREES = ((-1, -1, 0, 1, 2, 2, 4, 0), (-1,) * 5, (-1, 0, 0, 2), (-1, *(i // 2 for i in range(31))))
 ATTEND = AttendSpec(layer=0, n_heads=6, n_kv_heads=2, head_dim_k=32, head_dim_v=64, scale=0.18)
 ROPE = RopeSpec(n_heads=3, n_dims=32, neox=True, base=10000.0)
 YARN = ROPE._replace(base=500000.0, freq_scale=0.25, ext_factor=1.0, attn_factor=0.9, n_ctx_orig=64)
@@ -207,6 +208,36 @@ class BackendContract:
         assert nmse(ours, recording.exact_attend(q, k, v, ATTEND)) <= self.product_nmse
         for ours_cache, exact_cache in recording.caches(ATTEND):
             assert np.array_equal(ours_cache, exact_cache)
+
+    @pytest.mark.parametrize("parents", TREES, ids=["branches", "siblings", "sparse", "wide"])
+    @pytest.mark.parametrize(
+        "spec", [ATTEND, ATTEND._replace(softcap=3.0), ATTEND._replace(window=9)], ids=["plain", "softcap", "window"]
+    )
+    def test_attend_in_a_tree(
+        self, backend: Backend, session: Session, parents: tuple[int, ...], spec: AttendSpec
+    ) -> None:
+        """Rows of one pass that branch: each sees what is stored, its ancestors and itself, and no other branch."""
+        n = len(parents)
+        recording = self.record(backend, n, capacity=160, length=96, parents=parents)
+        q, k, v = (recording.value(heads * dim) for heads, dim in reference.attend_widths(spec))
+        output = recording.ops.attend(q, k, v, spec)
+        for first in (0, n, 2 * n):  # each is stored after the one before as a whole: masks decide who sees what
+            recording.move_to(first)
+            (ours,) = recording.run(session, [output])
+            assert nmse(ours, recording.exact_attend(q, k, v, spec)) <= self.product_nmse
+        for ours_cache, exact_cache in recording.caches(spec):
+            assert np.array_equal(ours_cache, exact_cache)
+
+    def test_a_branch_is_as_if_it_were_alone(self, backend: Backend, session: Session) -> None:
+        """What lies on other branches, however large, changes no bit of a row."""
+        found = []
+        for spread in (1.0, 100.0):
+            recording = self.record(backend, 4, capacity=64, length=64, parents=(-1, 0, -1, 2))
+            q, k, v = (recording.value(heads * dim) for heads, dim in reference.attend_widths(ATTEND))
+            for tensor in (q, k, v):
+                recording.inputs(tensor)[2:] *= spread
+            found.append(recording.run(session, [recording.ops.attend(q, k, v, ATTEND)])[0][:2].copy())
+        assert np.array_equal(found[0], found[1])
 
     @pytest.mark.parametrize("kind", TILED_TYPES, ids=lambda kind: kind.name)
     @pytest.mark.parametrize("n", [1, 2, 7, 32])

@@ -20,6 +20,7 @@ from edgelm.engine.ops import Ops, Tensor
 from edgelm.engine.preparing import packed_bytes
 from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.files.model import TensorInfo
+from edgelm.memory.arena import depths
 from edgelm.memory.cache_layout import USUAL
 from edgelm.testing import reference
 from edgelm.testing.blocks import random_weights
@@ -48,6 +49,8 @@ class Recording:
     """Record with `ops`, on inputs from `value` and weights from `matrix`; then `run`.
 
     The pass has `n_tokens` rows from `first_position` on, written to `places` of the caches (else: their positions).
+    With `parents` it is a tree: row i follows row `parents[i]`, or what is stored if that is -1, and sees nothing else;
+    each row takes the place that it would have in a chain.
     Matrices and caches lie as `layout` and `cache` of the backend say.
     """
 
@@ -60,6 +63,7 @@ class Recording:
         length: int = 32,
         places: Sequence[int] | None = None,
         first_position: int = 0,
+        parents: Sequence[int] | None = None,
         layout: WeightLayout | None = None,
         cache: CacheLayout = USUAL,
     ) -> None:
@@ -76,13 +80,19 @@ class Recording:
         self._caches: dict[int, _Cache] = {}
         self._position_of_place = np.full(length, -1, np.int32)
         self.out_rows = np.array(out_rows, np.int32)
-        self.positions = np.arange(n_tokens, dtype=np.int32) + np.int32(first_position)
-        self.places = np.array(self.positions if places is None else places, np.int64)
+        self.parents = parents
+        self._begin(first_position)
+        if places is not None:
+            self.places = np.array(places, np.int64)
 
     def move_to(self, first_position: int) -> None:
         """Let the next run be the pass that begins at this position; what is in the caches stays."""
-        self.positions = np.arange(self.n_tokens, dtype=np.int32) + np.int32(first_position)
-        self.places = self.positions.astype(np.int64)
+        self._begin(first_position)
+
+    def _begin(self, first_position: int) -> None:
+        steps = np.arange(self.n_tokens) if self.parents is None else depths(self.parents)
+        self.positions = (first_position + steps).astype(np.int32)
+        self.places = np.arange(first_position, first_position + self.n_tokens)
 
     def value(self, width: int, spread: float = 1.0) -> Tensor:
         """An input of random numbers, one row per token."""
@@ -135,6 +145,10 @@ class Recording:
         h = ops.rms_norm(x, self.matrix(width, 1), 1e-5)
         gate, up = (ops.linear(h, self.matrix(width, hidden)) for _ in range(2))
         return ops.add(x, ops.linear(ops.gate(gate, up), self.matrix(hidden, width)))
+
+    def inputs(self, value: Tensor) -> Floats:
+        """The numbers of an input, to be written to before a run."""
+        return self._inputs[value.id]
 
     def exact(self, value: Tensor) -> reference.Exact:
         return self._inputs[value.id].astype(np.float64)
@@ -283,7 +297,7 @@ class Recording:
 
     def _shape(self) -> PassShape:
         groups = tuple(CacheGroup(self.capacity, self.length) for _ in self._windows())
-        return PassShape(self.n_tokens, len(self.out_rows), groups)
+        return PassShape(self.n_tokens, len(self.out_rows), groups, self.parents is not None, self._cache_layout)
 
     def _mask(self, window: int) -> Floats:
         self._position_of_place[self.places] = self.positions
@@ -291,7 +305,18 @@ class Recording:
         hidden = (self._position_of_place < 0) | (distance < 0)
         if window:
             hidden |= distance >= window
+        if self.parents is not None:
+            hidden[:, self.places] |= ~self._is_ancestor()
         return np.where(hidden, np.float32(-np.inf), np.float32(0))
+
+    def _is_ancestor(self) -> NDArray[np.bool_]:
+        """Say of each row, and of each, whether the second comes before the first or is the same: [rows, rows]."""
+        assert self.parents is not None
+        found = np.eye(self.n_tokens, dtype=bool)
+        for row, parent in enumerate(self.parents):
+            if parent >= 0:
+                found[row] |= found[parent]
+        return found
 
     def _cache(self, spec: AttendSpec) -> _Cache:
         if spec.layer not in self._caches:

@@ -136,11 +136,12 @@ class LayoutSession:
         self.copies: dict[int, NDArray[np.uint8]] = {}
 
     def compile(self, segment: Segment, shape: PassShape) -> Program:
-        return _Program(self, self._inner.compile(segment, shape), segment, shape)
+        inner = self._inner.compile(segment, shape._replace(cache=USUAL))  # it computes on copies
+        return _Program(self, inner, segment, shape)
 
     def scratch_bytes(self, segment: Segment, shape: PassShape) -> int:
         # without what undoing layouts takes: a backend that computes on them does not
-        return self._inner.scratch_bytes(segment, shape)
+        return self._inner.scratch_bytes(segment, shape._replace(cache=USUAL))
 
     def reserve(self, scratch_bytes: int) -> None:
         self._inner.reserve(scratch_bytes)

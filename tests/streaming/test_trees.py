@@ -11,6 +11,7 @@ import pytest
 from engines import BACKENDS, budgets, engine_at, need, shrink
 
 from edgelm.engine.loading import open_path
+from edgelm.engine.rows import Rows
 from edgelm.memory.arena import depths, is_chain
 from edgelm.sizes import GB
 from edgelm.testing import tiny_model
@@ -19,7 +20,7 @@ from edgelm.text.tokenizer import load_tokenizer
 IDS = [int(i) for i in np.random.default_rng(5).integers(3, 90, 40)]
 CHAIN = (-1, 0, 1, 2, 3)
 TREE = (-1, -1, 0, 1, 2, 2, 4, 0)
-NOISE = {"numpy": 2e-3, "llamacpp": 0.05, "mlx": 0.02, "onnx": 0.05}
+NOISE = {"numpy": 2e-3, "llamacpp": 0.05, "mlx": 0.02, "onnx": 0.05, "npu": 0.05}
 """What other places in the cache and other widths of a pass change in logits of tiny models."""
 
 
@@ -49,7 +50,7 @@ def test_depths_and_chains() -> None:
         depths((-1, 2, 0))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "npu"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @pytest.mark.parametrize("parents", [CHAIN, TREE], ids=["chain", "tree"])
 def test_rows_see_their_ancestors_only(
@@ -75,7 +76,7 @@ def test_rows_see_their_ancestors_only(
                     engine.forward(IDS[:20])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "npu"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_what_is_kept_is_as_if_it_had_been_appended(models: dict[str, Path], backend: str, architecture: str) -> None:
     path, drafted = models[architecture], IDS[20 : 20 + len(TREE)]
@@ -134,3 +135,63 @@ def test_rows_of_drafts_are_the_first_to_go(models: dict[str, Path]) -> None:
     *streaming, just_resident, roomy = found
     assert all(less <= more for less, more in pairwise(streaming))
     assert (streaming[0], just_resident, roomy) == (1, 1, 16)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_rows_are_put_together_from_tiles(kind: type) -> None:
+    logits = np.random.default_rng(3).standard_normal((5, 60)).astype(kind)
+    for cuts in ([], [7, 31]):
+        rows = Rows(np.split(logits, cuts, axis=1))
+        assert np.array_equal(rows.best(), logits.argmax(axis=1))
+        assert np.array_equal(rows.top(4), np.argsort(-logits.astype(np.float64), axis=1, kind="stable")[:, :4])
+        for row in range(len(rows)):
+            assert rows[row].dtype == np.float32
+            assert np.array_equal(rows[row], logits[row])
+
+
+def test_more_trees_than_compiled_passes(models: dict[str, Path]) -> None:
+    """Passes are compiled once for each width, form and length, whatever order they come in."""
+    with engine_at(models["llama"], GB, speculate=True) as engine:
+        engine.forward(IDS[:20])
+        compiled = []
+        compile_one = engine.session.compile
+        engine.session.compile = lambda *args: compiled.append(args) or compile_one(*args)  # type: ignore[method-assign, func-returns-value]
+        for _ in range(3):
+            for width in (2, 4, 8, 16, 1, 12):
+                engine.verify(IDS[:width], range(-1, width - 1))
+        assert len(compiled) == 6
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rounds_of_any_trees_leave_the_cache_of_what_was_kept(models: dict[str, Path], seed: int) -> None:
+    """Random trees, paths, chains and plain passes, over full caches and rings that wrap; streamed and resident."""
+    rng = np.random.default_rng(seed)
+    path = models["gemma3" if seed % 2 else "llama"]
+    budget = GB if seed % 3 else budgets(path, 3, max_outputs=8)[1]
+    with (
+        engine_at(path, budget, max_outputs=8) as engine,
+        engine_at(path, GB) as plain,
+    ):
+        stored = IDS[:12]
+        engine.forward(stored)
+        while engine.n_past < 48:
+            n = int(rng.integers(1, 9))
+            parents = [int(rng.integers(-1, row)) for row in range(n)]
+            ids = rng.integers(3, 250, n).tolist()
+            engine.verify(ids, parents)
+            kept = path_to(int(rng.integers(n)), tuple(parents)) if rng.random() < 0.8 else []
+            engine.keep(kept)
+            stored = [*stored, *(ids[row] for row in kept)]
+            assert engine.n_past == len(stored)
+        last = stored[-1:]
+        plain.forward(stored)
+        for layer in range(len(plain.arena.layers)):
+            n_held = min(len(engine.arena.held(layer)), len(plain.arena.held(layer)), 16)
+            assert n_held == 16
+            for ours, theirs in zip(
+                engine.arena.export(layer, len(stored) - n_held, n_held),
+                plain.arena.export(layer, len(stored) - n_held, n_held),
+                strict=True,
+            ):
+                assert np.abs(ours - theirs).max() < 0.02
+        assert np.abs(engine.forward(last)[-1] - plain.forward(last)[-1]).max() < 0.02

@@ -109,6 +109,49 @@ def test_several_rows_of_logits(tiny: Any) -> None:
         open_engine(tiny("logits of the last token")[0], Wishes(memory="1GB", max_outputs=2))
 
 
+@pytest.mark.parametrize("variant", ["llama", "float16 caches"])
+def test_guesses_are_verified_in_a_chain_and_what_is_kept_counts(variant: str, tiny: Any) -> None:
+    folder, oracle = tiny(variant)
+    bound = 4e-3 * np.abs(oracle).max()
+    with opened(folder) as engine:
+        assert not engine.trees
+        assert engine.max_rows == engine.plan.chunk
+        engine.forward(IDS[:20])
+        for n_right in (3, 0, 1):  # the others are guesses that were wrong
+            n_past = engine.n_past
+            right = IDS[n_past : n_past + n_right]
+            rows_found = engine.verify([*right, *[9] * (6 - n_right)], range(-1, 5))
+            assert (engine.n_past, len(rows_found)) == (n_past, 6)
+            for row in range(n_right):
+                assert np.abs(rows_found[row] - oracle[n_past + row]).max() < bound
+            engine.keep(range(n_right))
+            assert engine.n_past == n_past + n_right
+        engine.verify([9, 9], (-1, 0))  # which nobody keeps
+        n_past = engine.n_past
+        assert np.abs(engine.forward(IDS[n_past:])[-1] - oracle[-1]).max() < bound
+        with pytest.raises(AssertionError, match="do not branch"):
+            engine.verify([1, 2], (-1, -1))
+    with opened(tiny("caches that are copied")[0]) as engine:
+        assert engine.max_rows == 1
+
+
+def test_guessing_changes_no_answer_of_a_graph(tiny: Any) -> None:
+    folder, _ = tiny("llama")
+    prompt = IDS[:8] * 3
+    with edgelm.load(folder, memory="1GB", context=CONTEXT, threads=1) as model:
+        plain, guessed = (
+            [chunk.token_id for chunk in model.stream_ids(prompt, max_tokens=40, ignore_eos=True, speculate=speculate)]
+            for speculate in (False, True)
+        )
+        assert plain == guessed
+        with pytest.raises(ConfigError, match="one answer at a time"):
+            model.samples_of(prompt, 2)
+        (alone,) = model.samples_of(prompt, 1, max_tokens=5, ignore_eos=True)
+        assert list(alone.token_ids) == plain[:5]
+    with pytest.raises(ConfigError, match="one answer at a time"):
+        edgelm.load(folder, memory="1GB", parallel=2)
+
+
 def test_prompts_are_cut_and_every_cut_is_told(tiny: Any) -> None:
     folder, _ = tiny("llama")
     with opened(folder) as engine:
