@@ -297,7 +297,7 @@ def with_rows(model: Model, demands: Callable[..., Demands], request: Request, b
 
     More rows let a pass yield more tokens, but their logits take memory from the weights that stay.
     """
-    if not request.speculate:
+    if not request.speculate or model.encodes:
         return settle(model, demands(), budget_bytes, terms)
     roomy = _settled(model, demands(n_rows=RESIDENT_ROWS), budget_bytes, terms)
     if roomy is not None and not roomy.streamed and roomy.chunk >= min(CHUNKS[0], terms.context):
