@@ -137,6 +137,8 @@ def test_an_encoder_writes_nothing(tmp_path: Path) -> None:
         for write in (model.chat, lambda: model.generate("hi"), lambda: model.score("hi there")):
             with pytest.raises(UnsupportedModel, match="bert models embed texts"):
                 write()
+        with pytest.raises(UnsupportedModel, match="no logits to compare"):
+            edgelm.verify(path)
         model.set_budget("1GB")
         assert model.embed(TEXTS).shape == (4, 64)
 
