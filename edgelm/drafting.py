@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from edgelm.opening import Part
 
 DRAFTED, EXPECTED = 4, 3.4
-"""Guesses of a round, and tokens that it is taken to yield before anything is known of a draft: what a copy of a model in
-two bits yielded on open chat."""
+"""Guesses of a round, and what it is taken to yield before a draft is known: a two-bit copy did so on open chat."""
 
 
 class Draft(NamedTuple):

@@ -14,20 +14,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
 from edgelm.engine.generate import Conversation, FinishReason, token_ids
-from edgelm.engine.logprobs import MOST as MOST_LOGPROBS
-from edgelm.engine.logprobs import Watched, scored
-from edgelm.engine.sampling import Sampler, make_sampler
+from edgelm.engine.logprobs import Watched
 from edgelm.engine.speculation.speculator import Speculator
-from edgelm.errors import Cancelled, ConfigError, ContextOverflow
+from edgelm.errors import Cancelled, ConfigError
 from edgelm.files.model import ModelFile
 from edgelm.memory.meter import Meter
 from edgelm.memory.plan import Plan
 from edgelm.memory.platform.allocator import trim
 from edgelm.memory.timeline import Timeline
 from edgelm.opening import Opened
-from edgelm.options import DRY_BREAKERS, FORMS, OWN_OPTIONS, Options, sampling_of
+from edgelm.options import Asked, Options, asked_for
 from edgelm.sizes import parse_size
-from edgelm.text.stops import StopMatcher
 from edgelm.text.tokenizer import Tokenizer
 from edgelm.turns import Turn, Turns
 from edgelm.usage import Chunk, Clock, Sample, Score
@@ -35,6 +32,7 @@ from edgelm.usage import Chunk, Clock, Sample, Score
 if TYPE_CHECKING:
     from edgelm.adaptive import Monitor
     from edgelm.chat import Chat, Overflow
+    from edgelm.engine.sampling import Sampler
     from edgelm.structured import Forms
     from edgelm.text.template import ChatTemplate
 
@@ -136,74 +134,42 @@ class Model:
 
         `kept`: a beginning of these ids that is to be kept on flash for other processes.
         """
-        max_tokens, timeout_s = options.get("max_tokens"), options.get("timeout_s")
-        stop = options.get("stop", ())
-        make, ends = self.sampling(options)
-        n_top = options.get("logprobs")
-        if n_top is not None and not 0 <= n_top <= MOST_LOGPROBS:
-            raise ConfigError(f"logprobs must be between 0 and {MOST_LOGPROBS} alternatives, got {n_top}")
-        matcher = StopMatcher([stop] if isinstance(stop, str) else stop)
+        asked = asked_for(options, self.tokenizer)
         ids = encode()
         if not ids:
             raise ConfigError("the prompt is empty; give it at least one token")
-        sampler = make(len(ids))
-        if n_top is not None:
-            sampler = Watched(sampler, n_top)
+        sampler, ends = self.sampler_of(asked, len(ids))
+        if asked.n_top is not None:
+            sampler = Watched(sampler, asked.n_top)
         clock = Clock(self._engine, self._conversation.counts, self._meter, self.backend, len(ids))
-        speculator = self._speculator if options.get("speculate", True) else None
-        return self._run(turn, ids, sampler, matcher, max_tokens, ends, timeout_s, clock, speculator, kept)
+        return self._run(turn, ids, asked._replace(sampler=sampler), ends, clock, kept)
 
-    def sampling(self, options: Options) -> tuple[Callable[[int], Sampler], frozenset[int]]:
-        """Return what makes the sampler of one answer to a prompt of so many ids, and the ids that end it.
-
-        Raises `ConfigError` for options that make no sense.
-        """
-        given: dict[str, Any] = dict(options)
-        max_tokens, timeout_s = options.get("max_tokens"), options.get("timeout_s")
-        for name in OWN_OPTIONS:
-            given.pop(name, None)
-        if max_tokens is not None and max_tokens < 1:
-            raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
-        if timeout_s is not None and timeout_s <= 0:
-            raise ConfigError(f"timeout_s must be above 0 seconds, got {timeout_s}")
-        if given.get("dry_multiplier"):
-            given["dry_breakers"] = self.tokenizer.containing(frozenset(options.get("dry_breakers", DRY_BREAKERS)))
-        sampler = make_sampler(sampling_of(given), tuple(options.get("processors", ())))
-        form = None
-        if any(name in options for name in FORMS):
-            from edgelm.structured import form_of
-
-            form = form_of(options.get("json_schema"), options.get("regex"), options.get("grammar"))
-
-        def make(n_prompt: int) -> Sampler:
-            return sampler if form is None else self._forms_here().constrain(sampler, form, n_prompt)
-
-        ends = frozenset[int]() if options.get("ignore_eos") and form is None else self.tokenizer.eos_ids
-        return make, ends
+    def sampler_of(self, asked: Asked, n_prompt: int) -> tuple[Sampler, frozenset[int]]:
+        """Return what draws one answer to a prompt of so many ids, and the ids that end it."""
+        if asked.form is not None:
+            return self._forms_here().constrain(asked.sampler, asked.form, n_prompt), self.tokenizer.eos_ids
+        return asked.sampler, frozenset() if asked.ignores_ends else self.tokenizer.eos_ids
 
     def _run(
         self,
         turn: Turn,
         ids: Sequence[int],
-        sampler: Sampler,
-        matcher: StopMatcher,
-        max_tokens: int | None,
+        asked: Asked,
         ends: frozenset[int],
-        timeout_s: float | None,
         clock: Clock,
-        speculator: Speculator | None,
         kept: Sequence[int],
     ) -> Generator[Chunk, None, None]:
-        decoder = self.tokenizer.incremental()
+        decoder, sampler, matcher = self.tokenizer.incremental(), asked.sampler, asked.matcher
+        speculator = self._speculator if asked.speculates else None
         reason: FinishReason | None = None
         room = self.plan.context - len(ids) + 1  # the last token is sampled, not stored
         try:
-            with self.turns.held(turn, timeout_s):
+            with self.turns.held(turn, asked.timeout_s):
                 clock.started()
                 if kept:
                     self._provide(kept)
                 clock.prefilled(self._conversation.prefill(ids, lambda _: self.turns.breathe(turn)))
-                limit = min(max_tokens or room, room)
+                limit = min(asked.max_tokens or room, room)
                 tokens = token_ids(self._conversation, ids, sampler, max_tokens=limit, ends=ends, speculator=speculator)
                 while reason is None:
                     try:
@@ -252,17 +218,9 @@ class Model:
 
     def score_ids(self, ids: Sequence[int], n_given: int = 1) -> Score:
         """Return the log-probabilities of `ids[n_given:]`; see `score`."""
-        if not 1 <= n_given < len(ids):
-            raise ConfigError(f"{n_given} of {len(ids)} tokens are given: give at least one before and one to score")
-        if len(ids) > self.plan.context:
-            raise ContextOverflow(len(ids), self.plan.context)
-        turn = self.turns.ask()
-        with self.turns.held(turn, None):
-            values = []
-            for value in scored(self._conversation, ids, n_given):
-                values.append(value)
-                self.turns.breathe(turn)
-        return Score(tuple(ids[n_given:]), tuple(values))
+        from edgelm.scoring import score_of
+
+        return score_of(self._conversation, self.turns, ids, n_given)
 
     async def astream(self, prompt: str, **options: Unpack[Options]) -> AsyncGenerator[Chunk, None]:
         """Like `stream`, for asyncio: computes in a thread; leaving the loop or cancelling the task stops it."""

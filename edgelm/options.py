@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from edgelm.engine.sampling import Processor, Sampling
+from edgelm.engine.logprobs import MOST
+from edgelm.engine.sampling import Processor, Sampler, Sampling, make_sampler
 from edgelm.errors import ConfigError
+from edgelm.text.stops import StopMatcher
+
+if TYPE_CHECKING:
+    from edgelm.text.tokenizer import Tokenizer
 
 
 class Options(TypedDict, total=False):
@@ -61,6 +66,47 @@ OWN_OPTIONS = (
     "dry_breakers",
     *FORMS,
 )
+
+
+class Asked(NamedTuple):
+    """What a stream was asked for, checked. `form`: see `edgelm.structured`; `n_top`: log-probabilities to note."""
+
+    max_tokens: int | None
+    timeout_s: float | None
+    sampler: Sampler
+    form: str | None
+    n_top: int | None
+    matcher: StopMatcher
+    ignores_ends: bool
+    speculates: bool
+
+
+def asked_for(options: Options, tokenizer: Tokenizer) -> Asked:
+    """Return what these options mean. Raises `ConfigError` for one that is unknown, or has a value that cannot work."""
+    given = dict(options)
+    max_tokens, timeout_s, n_top = options.get("max_tokens"), options.get("timeout_s"), options.get("logprobs")
+    for name in OWN_OPTIONS:
+        given.pop(name, None)
+    if max_tokens is not None and max_tokens < 1:
+        raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
+    if timeout_s is not None and timeout_s <= 0:
+        raise ConfigError(f"timeout_s must be above 0 seconds, got {timeout_s}")
+    if n_top is not None and not 0 <= n_top <= MOST:
+        raise ConfigError(f"logprobs must be between 0 and {MOST} alternatives, got {n_top}")
+    if given.get("dry_multiplier"):
+        given["dry_breakers"] = tokenizer.containing(frozenset(options.get("dry_breakers", DRY_BREAKERS)))
+    sampler = make_sampler(sampling_of(given), tuple(options.get("processors", ())))
+    form = None
+    if any(name in options for name in FORMS):
+        from edgelm.structured import form_of
+
+        form = form_of(options.get("json_schema"), options.get("regex"), options.get("grammar"))
+    stop = options.get("stop", ())
+    matcher = StopMatcher([stop] if isinstance(stop, str) else stop)
+    speculates = options.get("speculate", True)
+    return Asked(
+        max_tokens, timeout_s, sampler, form, n_top, matcher, bool(options.get("ignore_eos")), speculates
+    )  # fmt: skip
 
 
 def sampling_of(options: dict[str, Any]) -> Sampling:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -68,12 +69,15 @@ if TYPE_CHECKING:
     help="With --json: each token's log-probability, and those of the N likeliest.",
 )
 @click.option(
-    "--json-schema", type=click.File("rb"), metavar="FILE", help="Answer with JSON that is valid against this schema."
+    "--json-schema",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Answer with JSON that is valid against this schema.",
 )
 @click.option("--regex", metavar="PATTERN", help="Answer with text that matches the whole PATTERN.")
 @click.option(
     "--grammar",
-    type=click.File("rb"),
+    type=click.Path(path_type=Path),
     metavar="FILE",
     help="Answer with text of this grammar: Lark's notation or GBNF.",
 )
@@ -156,19 +160,26 @@ def _prompt(prompt: str | None, file: Any) -> str:
     return "\n\n".join(parts)
 
 
-def _form(schema: Any, regex: str | None, grammar: Any) -> dict[str, Any]:
+def _form(schema: Path | None, regex: str | None, grammar: Path | None) -> dict[str, Any]:
     """Return the options that give an answer its form."""
     form: dict[str, Any] = {}
     if schema is not None:
         try:
-            form["json_schema"] = json.loads(decoded(schema.read(), schema.name))
+            form["json_schema"] = json.loads(_text_of(schema))
         except ValueError as error:
-            raise click.UsageError(f"{schema.name} is not JSON: {error}") from error
+            raise click.UsageError(f"{schema} is not JSON: {error}") from error
     if regex is not None:
         form["regex"] = regex
     if grammar is not None:
-        form["grammar"] = decoded(grammar.read(), grammar.name)
+        form["grammar"] = _text_of(grammar)
     return form
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return decoded(path.read_bytes(), str(path))
+    except OSError as error:
+        raise click.UsageError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def decoded(data: bytes, where: str) -> str:

@@ -37,6 +37,7 @@ _BASE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_new_tensor_3d": (_P, (_P, _I, _I64, _I64, _I64)),
     "ggml_reshape_2d": (_P, (_P, _P, _I64, _I64)),
     "ggml_reshape_3d": (_P, (_P, _P, _I64, _I64, _I64)),
+    "ggml_reshape_4d": (_P, (_P, _P, _I64, _I64, _I64, _I64)),
     "ggml_view_2d": (_P, (_P, _P, _I64, _I64, _Z, _Z)),
     "ggml_view_3d": (_P, (_P, _P, _I64, _I64, _I64, _Z, _Z, _Z)),
     "ggml_permute": (_P, (_P, _P, _I, _I, _I, _I)),

@@ -237,13 +237,22 @@ class _Lowering:
         g, ctx, n_tokens = self.g, self.ctx, self.shape.n_tokens
         keys, values = self._write_cache(op, spec)
         mask = self._shared(("masks", spec.group), "2d", TYPE_F32, self.shape.groups[spec.group].length, n_tokens)
-        q = g.ggml_permute(ctx, self._heads(op.inputs[0], spec.n_heads), 0, 2, 1, 3)
-        self._view(q, self.tensors[op.inputs[0]])
+        source = self._heads(op.inputs[0], spec.n_heads)
         if is_quantized(self.shape.cache.items[1]):
+            q = self._view(g.ggml_permute(ctx, source, 0, 2, 1, 3), source)
             half = self.half_masks.setdefault(spec.group, g.ggml_cast(ctx, mask, TYPE_F16))
             mixed = g.ggml_flash_attn_ext(ctx, q, keys, values, half, spec.scale, 0.0, spec.softcap)
             self._result(op, mixed, (spec.head_dim_v, spec.n_heads, n_tokens))
             return
+        # rows that are verified attend one by one, as in passes of one: products of several at once add up in another
+        # order, and 8-bit activations can make half a logit of that
+        apart = self.shape.n_outputs == n_tokens > 1
+        if apart:
+            q = self._view(g.ggml_reshape_4d(ctx, source, spec.head_dim_k, 1, spec.n_heads, n_tokens), source)
+            length = self.shape.groups[spec.group].length
+            mask = self._view(g.ggml_reshape_4d(ctx, mask, length, 1, 1, n_tokens), mask)
+        else:
+            q = self._view(g.ggml_permute(ctx, source, 0, 2, 1, 3), source)
         scores = g.ggml_mul_mat(ctx, keys, q)
         if spec.softcap:
             if spec.scale != 1.0:
@@ -251,7 +260,11 @@ class _Lowering:
             weights = g.ggml_soft_max_ext(ctx, self._capped(scores, spec.softcap), mask, 1.0, 0.0)
         else:
             weights = g.ggml_soft_max_ext(ctx, scores, mask, spec.scale, 0.0)
-        mixed = g.ggml_permute(ctx, g.ggml_mul_mat(ctx, values, weights), 0, 2, 1, 3)
+        mixed = g.ggml_mul_mat(ctx, values, weights)
+        if apart:
+            self._result(op, mixed, (spec.head_dim_v, spec.n_heads, n_tokens))
+            return
+        mixed = g.ggml_permute(ctx, mixed, 0, 2, 1, 3)
         self._result(op, g.ggml_cont_2d(ctx, mixed, spec.n_heads * spec.head_dim_v, n_tokens))
 
     def _write_cache(self, op: Op, spec: AttendSpec) -> tuple[int, int]:

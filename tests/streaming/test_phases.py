@@ -202,7 +202,10 @@ def test_guesses_are_verified_by_the_backend_of_the_answers(
 ) -> None:
     """A kept path of a tree is handed over to the next prompt as if it had been appended."""
     parents = (-1, -1, 1, 2, 1)
-    with phased_at(models["gemma3"], prompts, answers) as guessing, phased_at(models["gemma3"], prompts, answers) as one:
+    with (
+        phased_at(models["gemma3"], prompts, answers) as guessing,
+        phased_at(models["gemma3"], prompts, answers) as one,
+    ):
         assert guessing.max_rows == 16
         for engine in (guessing, one):
             engine.forward(PROMPT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from engines import BACKENDS, budgets, engine_at, need, shrink
 
+from edgelm.engine.loading import open_path
 from edgelm.engine.rows import Rows
 from edgelm.memory.arena import depths, is_chain
 from edgelm.sizes import GB
 from edgelm.testing import tiny_model
+from edgelm.text.tokenizer import load_tokenizer
 
 IDS = [int(i) for i in np.random.default_rng(5).integers(3, 90, 40)]
 CHAIN = (-1, 0, 1, 2, 3)
@@ -94,6 +97,19 @@ def test_what_is_kept_is_as_if_it_had_been_appended(models: dict[str, Path], bac
             for ours, theirs in zip(*caches, strict=True):
                 assert np.abs(ours - theirs).max() < NOISE[backend]
             assert np.abs(engine.forward(IDS[:3])[-1] - after).max() < NOISE[backend]
+
+
+@pytest.mark.models
+def test_ggml_gives_a_row_the_same_bits_in_a_chain_as_alone(real_model: Callable[[str], Path]) -> None:
+    """With 8-bit activations the smallest difference of an attention can become one of half a logit."""
+    path = real_model("smollm2-135m-instruct")
+    ids = load_tokenizer(open_path(path)).encode(Path(__file__).parents[2].joinpath("bench/prompt.txt").read_text())
+    with engine_at(path, GB, backend=need("llamacpp"), context=256, speculate=True) as engine:
+        engine.forward(ids[:200])
+        alone = [engine.forward([token])[-1].copy() for token in ids[200:216]]
+        engine.truncate(200)
+        rows = engine.verify(ids[200:216], range(-1, 15))
+        assert all(np.array_equal(rows[i], logits) for i, logits in enumerate(alone))
 
 
 def test_what_nobody_keeps_is_forgotten(models: dict[str, Path]) -> None:
