@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from edgelm.engine.generate import Conversation, FinishReason, token_ids
 from edgelm.engine.logprobs import Watched
+from edgelm.engine.sampling import Sampler
 from edgelm.engine.speculation.speculator import Speculator
 from edgelm.errors import Cancelled, ConfigError
 from edgelm.files.model import ModelFile
