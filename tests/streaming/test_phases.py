@@ -194,3 +194,29 @@ def test_short_prompts_stay_with_the_backend_of_the_answers(models: dict[str, Pa
         ids = PROMPT[:LEAST_PROMPT]
         assert np.array_equal(both.forward(ids), plain.forward(ids))
         assert not np.array_equal(both.forward(PROMPT[LEAST_PROMPT:]), plain.forward(PROMPT[LEAST_PROMPT:]))
+
+
+@pytest.mark.parametrize(("prompts", "answers"), [("npu", "numpy"), ("cached", "numpy"), ("numpy", "cached")])
+def test_guesses_are_verified_by_the_backend_of_the_answers(
+    models: dict[str, Path], prompts: str, answers: str
+) -> None:
+    """A kept path of a tree is handed over to the next prompt as if it had been appended."""
+    parents = (-1, -1, 1, 2, 1)
+    with (
+        phased_at(models["gemma3"], prompts, answers) as guessing,
+        phased_at(models["gemma3"], prompts, answers) as one,
+    ):
+        assert guessing.max_rows == 16
+        for engine in (guessing, one):
+            engine.forward(PROMPT)
+        guessing.verify([9, ANSWER[0], ANSWER[1], ANSWER[2], 8], parents)
+        guessing.keep((1, 2, 3))
+        for token in ANSWER[:3]:
+            one.forward([token])
+        ours, theirs = guessing.forward(QUESTION), one.forward(QUESTION)
+        assert guessing.n_past == one.n_past
+        assert np.abs(ours - theirs).max() < 0.05
+    with pytest.raises(BudgetTooSmall) as caught, phased_at(models["gemma3"], prompts, answers, 1):
+        pass
+    with phased_at(models["gemma3"], prompts, answers, caught.value.needed_bytes) as engine:
+        assert engine.max_rows == 1  # the first that is given up
