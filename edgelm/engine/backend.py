@@ -98,6 +98,8 @@ class PassShape(NamedTuple):
     groups: tuple[CacheGroup, ...]
     tree: bool = False
     cache: CacheLayout = CacheLayout()
+    verified: bool = False
+    """Rows are compared with what passes of one token give: a backend that can gives them the same bits."""
 
     def rows(self, per: str) -> int:
         return self.n_tokens if per == "token" else self.n_outputs
