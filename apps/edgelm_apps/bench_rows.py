@@ -67,20 +67,8 @@ class Row:
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """Return a table in the manner of llama-bench; columns that say nothing are left out."""
-    header = [
-        "model",
-        "size",
-        "params",
-        "backend",
-        "threads",
-        "kv",
-        "budget",
-        "limit",
-        "simulated",
-        "test",
-        "t/s",
-        "peak",
-    ]
+    header = ["model", "size", "params", "backend", "threads", "kv"]
+    header += ["budget", "limit", "simulated", "test", "t/s", "peak"]
     cells = [_cells(row) for row in rows]
     shown = [i for i in range(len(header) + 1) if any(line[i] for line in cells)]
     table = [[(*header, "read/token")[i] for i in shown], *([line[i] for i in shown] for line in cells)]

@@ -152,10 +152,9 @@ def _head(file: _Checked) -> Saved:
         firsts = tuple(map(int, header["firsts"]))
         if not 0 <= n <= 1 << 24 or len(firsts) != len(layers):
             raise DamagedCache(file.path, "its header makes no sense")
-        dims = {(item, dim) for layer in layers for item, dim in zip((keys, values), layer[3:], strict=True)}
-        if not all(0 <= first <= n for first in firsts) or any(
-            is_quantized(item) and dim % BLOCK for item, dim in dims
-        ):
+        dims = [(item, dim) for layer in layers for item, dim in zip((keys, values), layer[3:], strict=True)]
+        uneven = any(is_quantized(item) and dim % BLOCK for item, dim in dims)
+        if uneven or not all(0 <= first <= n for first in firsts):
             raise DamagedCache(file.path, "its header makes no sense")
         identity = str(header["identity"])
     except (KeyError, TypeError, ValueError) as error:
