@@ -297,7 +297,7 @@ class Model:
     def _provide(self, prefix: Sequence[int]) -> None:
         from edgelm.prefixes import provide
 
-        if told := provide(self._conversation, prefix, self.identity, self._file.name):
+        if told := provide(self._conversation, prefix, self.identity, self._file.name, self.plan.demand.kv):
             self.notes = (*self.notes, told)
 
     @property
