@@ -284,8 +284,9 @@ def _with_backend(
 
         draft: Draft | None = None
         more: tuple[str, ...] = ()
-        if wishes.draft is None:
+        if wishes.draft is None or not wishes.speculate:
             prepared = planned(request)
+            more = ("the draft model is left out: nothing is to be guessed",) if wishes.draft is not None else ()
         else:
             from edgelm.drafting import with_draft
 

@@ -82,6 +82,8 @@ def _get_ready(path: Path, wishes: Wishes) -> _Ready:
         )
     if wishes.parallel > 1:
         raise ConfigError("an ONNX graph computes one answer at a time; leave parallel out, or use a GGUF file")
+    if wishes.draft is not None:
+        raise ConfigError("a draft model guesses for GGUF files; leave --draft out, or use the model as a GGUF file")
     if AUTO[0] not in parse_types(wishes.kv):
         raise ConfigError(
             f"an ONNX graph keeps keys and values as its file says, not as {wishes.kv}; leave --kv out, or use the "

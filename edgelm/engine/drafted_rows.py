@@ -19,6 +19,8 @@ ROWS_SHARE = 0.05
 """Share of the weights' memory that the logits of drafts may take."""
 ROWS_OF_STREAMED = 0.015
 """How much more may be read from flash in each pass for them."""
+OF_MODEL = 2.0
+"""How much more memory the rows are worth where a draft model guesses: it is right more often."""
 
 
 def most_rows(plan_with: Callable[[int], Plan | None], request: Request, n_vocab: int, context: int) -> Plan:
@@ -44,6 +46,7 @@ def most_rows(plan_with: Callable[[int], Plan | None], request: Request, n_vocab
     if not request.speculate:
         return plain
     room = max(ROWS_SHARE * (plain.pinned_bytes + plain.slots_bytes), ROWS_OF_STREAMED * plain.streamed_bytes)
+    room *= OF_MODEL if request.draft_bytes else 1.0
     for n_rows in ROWS:
         if n_rows <= request.parallel or n_rows * n_vocab * FLOAT_BYTES > room:
             continue

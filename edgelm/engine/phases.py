@@ -191,7 +191,7 @@ def _planned(
     """Return the plan of both, with as many rows for drafts as are worth their memory."""
 
     def plan_with(n_rows: int) -> Plan | None:
-        both = _Both(answers, prompts, context, chunk, process_bytes, request.max_outputs, n_rows)
+        both = _Both(answers, prompts, context, chunk, process_bytes, request, n_rows)
         return both.plan(budget_bytes) if both.can_answer else None
 
     return most_rows(plan_with, request, answers.model.n_vocab, context)
@@ -207,15 +207,16 @@ class _Both:
         context: int,
         chunk: int,
         process_bytes: int,
-        max_outputs: int,
+        request: Request,
         n_rows: int,
     ) -> None:
         self._answers, self._prompts, self._rates = answers, prompts, answers.rates
         own_cache = 0 if prompts.cache == answers.cache else prompts.cache_bytes(context, chunk)
         self._terms = answers.terms(context), prompts.terms(context)
         self._answering = Demands(
-            answers.model, answers.session, context, process_bytes, max_outputs, answers.cache,
-            (chunk, answers.cache_bytes(context, chunk)), max(LEAST_PROMPT + max_outputs, n_rows), n_rows,
+            answers.model, answers.session, context, process_bytes, request.max_outputs, answers.cache,
+            (chunk, answers.cache_bytes(context, chunk)), max(LEAST_PROMPT + request.max_outputs, n_rows), n_rows,
+            draft_bytes=request.draft_bytes,
         )  # fmt: skip
         self.can_answer = bool(self._answering.chunks)
         self._prompting = Demands(prompts.model, prompts.session, context, 0, 1, prompts.cache, (chunk, own_cache))

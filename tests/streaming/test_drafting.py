@@ -162,3 +162,17 @@ def test_reads_for_the_next_pass_go_on_while_the_draft_guesses(files: dict[str, 
         assert len(list(model.stream_ids(IDS, max_tokens=12, ignore_eos=True))) > 12
     assert idle
     assert not any(idle)
+
+
+def test_beside_a_backend_of_prompts_a_draft_counts_too(files: dict[str, Path]) -> None:
+    with load(files["llama"], backend="npu+numpy", draft=files["llama"]) as model:
+        assert dict(model.plan.items())["draft model"] == model.plan.demand.draft_bytes > 0
+        assert model.plan.planned_bytes <= model.plan.budget_bytes
+        assert answer(model)[1].drafted_tokens > 0
+
+
+def test_where_nothing_is_guessed_a_draft_takes_no_memory(files: dict[str, Path]) -> None:
+    with load(files["llama"], speculate=False, draft=files["llama"]) as model:
+        assert model.plan.demand.draft_bytes == 0
+        assert any("the draft model is left out" in note for note in model.notes)
+        assert answer(model)[1].passes == 59

@@ -218,6 +218,41 @@ def test_repetitive_text_is_several_times_as_fast(monkeypatch: pytest.MonkeyPatc
     assert engine.seconds < (len(ids) + 1) * FLAT[1] / 3
 
 
+def cycle(n: int, step: int = 1) -> np.ndarray:
+    """Return logits with which every token is followed by the one `step` after it."""
+    return np.eye(n)[np.roll(np.arange(n), -step)] * 20
+
+
+def drafted(engine: Table, draft: Table, n: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    speculator = Speculator(engine, Conversation(draft))
+    learns_by_its_own_clock(engine, speculator, monkeypatch)
+    return spoken(engine, [0, 1, 2], n, Sampling(), speculator)
+
+
+def test_a_draft_model_guesses_what_the_text_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, draft = Table(cycle(500)), Table(cycle(500))
+    ids = drafted(engine, draft, 300, monkeypatch)
+    assert ids == list(range(3, 303))
+    assert sum(engine.widths.values()) < 300 / 8
+
+
+def test_a_draft_model_that_is_wrong_does_not_keep_the_text_from_guessing(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, draft = Table(cycle(24)), Table(cycle(24, step=5))
+    ids = drafted(engine, draft, 400, monkeypatch)
+    assert ids == [i % 24 for i in range(3, 403)]
+    assert sum(engine.widths.values()) < 400 / 6
+
+
+def test_a_wide_guess_of_the_text_is_taken_before_a_short_one_of_a_draft_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The draft has too little context left to write on: what it yields is known, and the text yields more."""
+    engine, draft = Table(cycle(24), max_rows=16), Table(cycle(24))
+    draft.plan = plan_of(FLAT, context=100)
+    ids = drafted(engine, draft, 400, monkeypatch)
+    assert ids == [i % 24 for i in range(3, 403)]
+    assert engine.widths[16] > 10
+    assert draft.n_past <= 100
+
+
 # --- the law of what is drawn
 
 

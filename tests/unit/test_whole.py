@@ -150,6 +150,8 @@ def test_guessing_changes_no_answer_of_a_graph(tiny: Any) -> None:
         assert list(alone.token_ids) == plain[:5]
     with pytest.raises(ConfigError, match="one answer at a time"):
         edgelm.load(folder, memory="1GB", parallel=2)
+    with pytest.raises(ConfigError, match="a draft model guesses for GGUF files"):
+        edgelm.load(folder, memory="1GB", draft="auto")
 
 
 def test_prompts_are_cut_and_every_cut_is_told(tiny: Any) -> None:

@@ -14,6 +14,11 @@ WORTH = 1.03
 """How much faster than no guessing it must promise to be."""
 
 
+def goodput(reach: Sequence[float], n: int, curve: Curve) -> float:
+    """Return the tokens a second that a pass promises which verifies the `n` likeliest guesses; see `nodes_for`."""
+    return (1.0 + sum(reach[:n])) / curve.seconds(n + 1)
+
+
 def nodes_for(reach: Sequence[float], curve: Curve, most_rows: int) -> int:
     """Return how many of the likeliest guesses to verify. `reach[i]`: the chance that guess i is reached and right.
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _STEPS = 10
 _CHOICES = 3
 """Tokens looked at after each; but for the first they become branches."""
+_LEAST = 0.02
+"""How likely such a branch must at least be reached and right."""
 _FRESH = 0.2
 LIKELY = 0.9
 """How often a good guess is right."""
@@ -47,17 +49,19 @@ class ModelDraft:
         if (1 + LIKELY) * curve.seconds(1) < curve.seconds(2) + 2 * self._step_s:
             return tree  # not even two good guesses would pay
         conversation.prefill(history)
-        while len(found) < most:
+        for depth in range(most):
             choices = self._choices()
+            spine = len(found)
             for rank, (token, p) in enumerate(choices if branches else choices[:1]):
                 key = ("model", rank, int(p * _STEPS))
-                found.append((reach * self._chances.of(key, p), parent, token, key))
-            spine = len(found) - len(choices if branches else choices[:1])
+                chance = reach * self._chances.of(key, p)
+                if not rank or chance > _LEAST:
+                    found.append((chance, parent, token, key))
             reach, parent = found[spine][0], spine
             expected += reach
-            pass_s = curve.seconds(1)
-            spent_s = pass_s + len(found) * self._step_s / (len(choices) if branches else 1)
-            if reach * spent_s < expected * self._step_s or conversation.is_full:
+            spent_s = curve.seconds(1) + depth * self._step_s
+            likelier = sum(chance > reach for chance, *_ in found)
+            if reach * spent_s < expected * self._step_s or max(likelier, depth + 1) >= most or conversation.is_full:
                 break
             began_s = time.perf_counter()
             conversation.step(found[spine][2])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgelm.engine.speculation.chances import Chances
-from edgelm.engine.speculation.controller import nodes_for
+from edgelm.engine.speculation.controller import goodput, nodes_for
 from edgelm.engine.speculation.curve import Curve
 from edgelm.engine.speculation.drafts import NOTHING, ROOT, Draft, Drafter
 from edgelm.engine.speculation.lookup import Lookup
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 RECYCLING_WIDTH, RECYCLING_COST = 8, 1.5
 """Recycled guesses are seldom right: they are made where a pass of so many rows costs no more than so many of one."""
 
-SURE = 0.7
-"""A guess from the text that is so likely right needs no draft model."""
+FRESH, RETRIED = 0.3, 1.02
+"""How much the newest round of a draft model counts in what it is known to yield, and how that grows while it rests, so
+that it is tried again."""
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class Speculator:
         self._lookup, self._recycling = Lookup(self._chances), Recycling(self._chances)
         self._plan, self._curve = engine.plan, Curve(engine.plan)
         self._at_root = Grown()
+        self._model_tps, self._model_s = 0.0, 0.0  # what its rounds yielded lately (0: unknown); its time in this round
 
     def drop_model(self) -> None:
         """Go on without the draft model."""
@@ -78,17 +81,24 @@ class Speculator:
         """
         engine = self._engine
         if engine.plan is not self._plan:  # another budget: other costs
-            self._plan, self._curve = engine.plan, Curve(engine.plan)
+            self._plan, self._curve, self._model_tps = engine.plan, Curve(engine.plan), 0.0
         most_rows = min(most_rows, engine.max_rows)
         drafters: list[Drafter] = [self._lookup]
         if self._recycles:
             drafters.append(self._recycling)
         most = max(most_rows - 1, 0)
         self._at_root = grown = grow(drafters, most, engine.trees, forced)
-        sure = bool(grown.reach) and grown.reach[0] >= SURE
-        if self._model is not None and not sure and most:
-            grown = self._model.grow(history, most, self._curve, engine.trees)
         n_nodes = nodes_for(grown.reach, self._curve, most_rows)
+        self._model_s = 0.0
+        if self._model is not None and most and not forced:
+            if not n_nodes or not self._model_tps or self._model_tps > goodput(grown.reach, n_nodes, self._curve):
+                began_s = time.perf_counter()
+                guessed = self._model.grow(history, most, self._curve, engine.trees)
+                if n_guessed := nodes_for(guessed.reach, self._curve, most_rows):
+                    self._model_s = time.perf_counter() - began_s
+                    return guessed.first(n_guessed)
+            else:
+                self._model_tps *= RETRIED
         return grown.first(n_nodes) if n_nodes else NOTHING
 
     def learn(self, draft: Draft, path: Sequence[int], tokens: Sequence[int], seconds: float) -> None:
@@ -101,7 +111,10 @@ class Speculator:
             for parent, token in zip((ROOT, *path), tokens, strict=True):
                 for node in draft.children(parent):
                     self._outcome(draft.keys[node], draft.ids[node] == token)
-        else:
+        if self._model_s:
+            tps = len(tokens) / (seconds + self._model_s)
+            self._model_tps += (tps - self._model_tps) * (FRESH if self._model_tps else 1.0)
+        if self._model_s or not draft.ids:  # what the text would have guessed
             grown = self._at_root
             for node, parent in enumerate(grown.parents):
                 if parent == ROOT:
