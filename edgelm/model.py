@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
+from edgelm.embeddings import as_matrix, embedded, must_write
 from edgelm.engine.generate import Conversation, FinishReason, token_ids
 from edgelm.engine.logprobs import Watched
 from edgelm.engine.sampling import Sampler
@@ -33,6 +34,7 @@ from edgelm.usage import Chunk, Clock, Sample, Score
 if TYPE_CHECKING:
     from edgelm.adaptive import Monitor
     from edgelm.chat import Chat, Overflow
+    from edgelm.engine.embedding import Floats, Pooling
     from edgelm.engine.sampling import Sampler
     from edgelm.structured import Forms
     from edgelm.text.template import ChatTemplate
@@ -42,7 +44,7 @@ class Model:
     """A loaded model. Use it as a context manager, or call `close`.
 
     `plan` says where the memory went, `asked_bytes` the budget that was asked for, `backend` which backend computes,
-    `template` how chats are rendered.
+    `template` how chats are rendered, `embeds` whether it turns texts into vectors.
     """
 
     def __init__(self, opened: Opened, adaptive: bool | Callable[[str], None] = False) -> None:
@@ -53,6 +55,7 @@ class Model:
         self.notes: tuple[str, ...] = opened.notes
         self._conversation = Conversation(opened.engine)
         self._draft = opened.draft
+        self.embeds: bool = opened.embeds
         if opened.draft is not None:
             opened.draft.leave_core(bool(opened.engine.plan.streamed))
         draft = Conversation(opened.draft) if opened.draft is not None else None
@@ -122,7 +125,21 @@ class Model:
         """
         from edgelm.chat import Chat
 
+        must_write(self)
         return Chat(self, system, overflow, keep, tools)
+
+    def embed(self, texts: Sequence[str], normalize: bool = True, *, pooling: Pooling | None = None) -> Floats:
+        """Return a vector for each text, float32 [n, dim], each text in a pass of its own.
+
+        Vectors have a length of 1 if `normalize`. The file says how the states of a text's tokens become one vector,
+        unless `pooling` does: "mean", "cls" (the first), "last". Raises `UnsupportedModel` for a model that writes
+        texts, `ContextOverflow` with both numbers for a text longer than the context.
+        """
+        return as_matrix(embedded(self, self._engine, texts, normalize, pooling), self._engine.n_vocab)
+
+    def embed_tokens(self, text: str, normalize: bool = False) -> Floats:
+        """Return a vector for each token of a text, float32 [n_tokens, dim]; see `embed`."""
+        return embedded(self, self._engine, [text], normalize, "none")[0]
 
     def stream_ids(self, ids: Sequence[int], **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """Yield what follows a prompt given as ids; see `stream`."""
@@ -135,6 +152,7 @@ class Model:
 
         `kept`: a beginning of these ids that is to be kept on flash for other processes.
         """
+        must_write(self)
         asked = asked_for(options, self.tokenizer)
         ids = encode()
         if not ids:
@@ -205,6 +223,7 @@ class Model:
         """Return `n` answers to a prompt given as ids; see `samples`."""
         from edgelm.sampling_together import together
 
+        must_write(self)
         return together(self, self._conversation, ids, n, options)
 
     def score(self, text: str, continuation: str = "") -> Score:
@@ -221,6 +240,7 @@ class Model:
         """Return the log-probabilities of `ids[n_given:]`; see `score`."""
         from edgelm.scoring import score_of
 
+        must_write(self)
         return score_of(self._conversation, self.turns, ids, n_given)
 
     async def astream(self, prompt: str, **options: Unpack[Options]) -> AsyncGenerator[Chunk, None]:

@@ -24,6 +24,7 @@ from edgelm.engine.wishes import Wishes
 from edgelm.errors import (
     BackendUnavailable,
     BudgetTooSmall,
+    ConfigError,
     EdgeLMError,
     PreparationError,
     UnsupportedModel,
@@ -79,6 +80,8 @@ class Opened(NamedTuple):
     """Whether tokens are guessed and verified, where that is faster."""
     draft: Engine | None = None
     """A smaller model that guesses."""
+    embeds: bool = False
+    """Whether the model turns texts into vectors instead of writing on."""
 
 
 class _Making(NamedTuple):
@@ -164,9 +167,10 @@ def open_engine(
     notes = (*ready.notes, *concessions(ready.prepared.plan, wishes.context or default_context(ready.file)))
     notes += old_tables(ready.file)
     replanned = Replanning(ready.prepared, engine)
-    return Opened(
-        ready.file, ready.tokenizer, engine, replanned, ready.backend, notes, ready.lost, wishes.speculate, draft
-    )
+    embeds = ready.prepared.model.encodes
+    speculate = wishes.speculate and not embeds
+    facts = (ready.file, ready.tokenizer, engine, replanned, ready.backend, notes, ready.lost)
+    return Opened(*facts, speculate, draft, embeds)
 
 
 def plan(
@@ -287,6 +291,8 @@ def _with_backend(
                 return _open_part(answers, file, request, device, making, host, 1)
 
             prepared, draft, more = with_draft(wishes.draft, source, request, opened, planned)
+            if prepared.model.encodes:
+                raise ConfigError("a model that embeds texts guesses nothing; leave the draft model out")
     except BaseException:
         for part in parts:
             part.close()

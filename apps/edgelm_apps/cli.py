@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": "edgelm_apps.bench:bench",
     "verify": "edgelm_apps.verify:verify",
     "score": "edgelm_apps.score:score",
+    "embed": "edgelm_apps.embed:embed",
     "pull": "edgelm_apps.models:pull",
     "list": "edgelm_apps.models:list_models",
     "show": "edgelm_apps.show:show",

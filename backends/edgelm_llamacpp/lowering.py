@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgelm.engine.backend import PassShape, is_quantized, vector_bytes
-from edgelm.engine.ir import AttendSpec, Columns, NormSpec, Op, RopeSpec, Segment
-from edgelm.files.ggml_types import TensorType
+from edgelm.engine.ir import AttendSpec, Columns, EncodeSpec, NormSpec, Op, RopeSpec, Segment
+from edgelm.files.ggml_types import TensorType, row_bytes
 from edgelm.memory.cache_layout import Item
 from edgelm_llamacpp.ggml import ROPE_NEOX, ROPE_NORMAL, TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64, Ggml
 
@@ -162,6 +162,12 @@ class _Lowering:
         grouped = (info.width // op.params.groups, op.params.groups, rows)
         self._result(op, y, grouped if op.params.groups > 1 else None)
 
+    def _layer_norm(self, op: Op) -> None:
+        assert isinstance(op.params, NormSpec)
+        scale, bias = self._weights(op)
+        y = self.g.ggml_norm(self.ctx, self._matrix(op.inputs[0]), op.params.eps)
+        self._result(op, self.g.ggml_add(self.ctx, self.g.ggml_mul(self.ctx, y, scale), bias))
+
     def _linear(self, op: Op) -> None:
         matrix, *bias = self._weights(op)
         y = self.g.ggml_mul_mat(self.ctx, matrix, self._matrix(op.inputs[0]))
@@ -192,6 +198,24 @@ class _Lowering:
     def _gate(self, op: Op) -> None:
         gate = self.g.ggml_swiglu_split if op.params == "silu" else self.g.ggml_geglu_split
         self._result(op, gate(self.ctx, *(self._matrix(value) for value in op.inputs)))
+
+    def _activate(self, op: Op) -> None:
+        activate = self.g.ggml_silu if op.params == "silu" else self.g.ggml_gelu
+        self._result(op, activate(self.ctx, self._matrix(op.inputs[0])))
+
+    def _add_row(self, op: Op) -> None:
+        (table,) = self._weights(op)
+        width, size = op.weights[0].width, row_bytes(op.weights[0].type, op.weights[0].width)
+        row = self._view(self.g.ggml_view_2d(self.ctx, table, width, 1, size, 0), table)
+        if op.weights[0].type != TensorType.F32:
+            row = self.g.ggml_cast(self.ctx, row, TYPE_F32)
+        self._result(op, self.g.ggml_add(self.ctx, self._matrix(op.inputs[0]), row))
+
+    def _add_positions(self, op: Op) -> None:
+        (table,) = self._weights(op)
+        positions = self._shared(("positions", 0), "1d", TYPE_I32, self.shape.n_tokens)
+        rows = self.g.ggml_get_rows(self.ctx, table, positions)
+        self._result(op, self.g.ggml_add(self.ctx, self._matrix(op.inputs[0]), rows))
 
     def _scale(self, op: Op) -> None:
         self._result(op, self.g.ggml_scale(self.ctx, self._matrix(op.inputs[0]), op.params))
@@ -266,6 +290,20 @@ class _Lowering:
             return
         mixed = g.ggml_permute(ctx, mixed, 0, 2, 1, 3)
         self._result(op, g.ggml_cont_2d(ctx, mixed, spec.n_heads * spec.head_dim_v, n_tokens))
+
+    def _encode(self, op: Op) -> None:
+        spec = op.params
+        assert isinstance(spec, EncodeSpec)
+        g, ctx, turned = self.g, self.ctx, []
+        for value, heads in zip(op.inputs, (spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), strict=True):
+            by_head = self._heads(value, heads)
+            turned.append(self._view(g.ggml_permute(ctx, by_head, 0, 2, 1, 3), by_head))
+        # not fused: all scores are in memory, which the plan counts, and the sums are llama.cpp's to the last bit
+        q, k, v = turned
+        weights = g.ggml_soft_max_ext(ctx, g.ggml_mul_mat(ctx, k, q), None, spec.scale, 0.0)
+        columns = g.ggml_cont(ctx, self._view(g.ggml_permute(ctx, v, 1, 0, 2, 3), v))
+        mixed = g.ggml_permute(ctx, g.ggml_mul_mat(ctx, columns, weights), 0, 2, 1, 3)
+        self._result(op, g.ggml_cont_2d(ctx, mixed, spec.n_heads * spec.head_dim_v, self.shape.n_tokens))
 
     def _write_cache(self, op: Op, spec: AttendSpec) -> tuple[int, int]:
         """Append the new keys and values; return the parts of the caches that the pass may see."""

@@ -116,6 +116,11 @@ class _Recipe:
                 raise UnsupportedModel(
                     f"the npu backend cannot read {weight.type.name} weights; use another quantization"
                 )
+        if alone := next((op.kind for op in segment.ops if op.kind in ("encode", "add_positions")), None):
+            raise UnsupportedModel(
+                f"the npu backend takes a text in chunks and has no operation {alone!r}, which needs all of it; "
+                "use another backend"
+            )
         parts = _stages(segment)
         inner = {
             (part.placed.segment, _inner(part, min(CHUNK, shape.rows(part.per)), shape))

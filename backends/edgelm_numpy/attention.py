@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.engine.backend import is_quantized, vector_bytes
-from edgelm.engine.ir import AttendSpec
+from edgelm.engine.ir import AttendSpec, EncodeSpec
 from edgelm.files.blocks import Floats, dequantize
 from edgelm.files.ggml_types import TensorType
 from edgelm.files.quantize import to_q4_0, to_q8_0
@@ -82,6 +82,38 @@ def lower_attend(site: Site) -> Step:
     return Step(run, lane_floats, heap_bytes)
 
 
+def lower_encode(site: Site) -> Step:
+    """Attention among the rows of the pass. A task is one query head and some rows."""
+    spec = site.op.params
+    assert isinstance(spec, EncodeSpec)
+    n, sharing = site.rows, spec.n_heads // spec.n_kv_heads
+    tile = max(1, min(n, SCORES // n))
+    n_tiles = -(-n // tile)
+
+    def run(frame: Frame) -> None:
+        q, k, v = (
+            frame.values[value].reshape(n, heads, -1)
+            for value, heads in zip(site.op.inputs, (spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), strict=True)
+        )
+        out = frame.values[site.op.output].reshape(n, spec.n_heads, spec.head_dim_v)
+
+        def attend(task: int, lane: int) -> None:
+            head, start = task // n_tiles, task % n_tiles * tile
+            stop = min(start + tile, n)
+            cut = _Cutter(frame.work[lane])
+            scores, mixed = cut(stop - start, n), cut(stop - start, spec.head_dim_v)
+            np.matmul(q[start:stop, head], k[:, head // sharing].T, out=scores)
+            scores *= spec.scale
+            _weigh(scores)
+            np.matmul(scores, v[:, head // sharing], out=mixed)
+            out[start:stop, head] = mixed
+
+        frame.lanes.each(spec.n_heads * n_tiles, attend)
+
+    copied = n * max(spec.head_dim_k, spec.head_dim_v)  # where BLAS does not take a head's rows as they lie
+    return Step(run, tile * (n + spec.head_dim_v), site.n_lanes * 4 * (3 * copied + 2 * tile))
+
+
 class _Cache:
     """Keys or values of a layer as the arena keeps them."""
 
@@ -130,6 +162,11 @@ def _softmax(scores: Floats, spec: AttendSpec, mask: Floats, sharing: int) -> No
         scores *= spec.softcap
     by_row = scores.reshape(len(mask), sharing, -1)
     by_row += mask[:, None]
+    _weigh(scores)
+
+
+def _weigh(scores: Floats) -> None:
+    """Turn scores into weights that sum up to 1 in each row, in place."""
     scores -= scores.max(axis=1, keepdims=True)
     np.exp(scores, out=scores)
     scores /= scores.sum(axis=1, keepdims=True)

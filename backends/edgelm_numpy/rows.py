@@ -9,8 +9,11 @@ import numpy as np
 
 from edgelm.engine.ir import Columns, NormSpec, RopeSpec
 from edgelm.engine.rope import angles
-from edgelm.files.blocks import Floats
+from edgelm.files.blocks import Floats, dequantize
 from edgelm_numpy.frame import Frame, Site, Step, at
+
+TABLE_NUMBERS = 1 << 16
+"""Numbers of a table that are float32 at a time."""
 
 
 def lower_rms_norm(site: Site) -> Step:
@@ -28,6 +31,48 @@ def lower_rms_norm(site: Site) -> Step:
             np.multiply(out, frame.vector(scale, site.first_weight), out=out)
 
     return Step(run, heap_bytes=site.rows * spec.groups * 12 + 4 * grouped[2])
+
+
+def lower_layer_norm(site: Site) -> Step:
+    spec = site.op.params
+    assert isinstance(spec, NormSpec)
+    scale, bias = site.op.weights
+
+    def run(frame: Frame) -> None:
+        x, out = frame.values[site.op.inputs[0]], frame.values[site.op.output]
+        centred = frame.work[0][: x.size].reshape(x.shape)
+        np.subtract(x, x.mean(axis=1, keepdims=True), out=centred)
+        np.multiply(centred, centred, out=out)
+        deviation = np.sqrt(out.mean(axis=1, keepdims=True) + np.float32(spec.eps))
+        np.divide(centred, deviation, out=out)
+        np.multiply(out, frame.vector(scale, site.first_weight), out=out)
+        np.add(out, frame.vector(bias, site.first_weight + 1), out=out)
+
+    return Step(run, site.rows * site.width, site.rows * 12 + 8 * site.width)
+
+
+def lower_add_row(site: Site) -> Step:
+    (table,) = site.op.weights
+
+    def run(frame: Frame) -> None:
+        first = dequantize(table.type, frame.raw(table, site.first_weight, 1))
+        np.add(frame.values[site.op.inputs[0]], first, out=frame.values[site.op.output])
+
+    return Step(run, heap_bytes=8 * site.width)
+
+
+def lower_add_positions(site: Site) -> Step:
+    (table,) = site.op.weights
+    tile = max(1, TABLE_NUMBERS // site.width)
+
+    def run(frame: Frame) -> None:
+        x, out, positions = frame.values[site.op.inputs[0]], frame.values[site.op.output], frame.positions()
+        rows = frame.raw(table, site.first_weight, table.rows)
+        for start in range(0, site.rows, tile):
+            some = dequantize(table.type, rows[positions[start : start + tile]])
+            np.add(x[start : start + tile], some, out=out[start : start + tile])
+
+    return Step(run, heap_bytes=16 * min(tile, site.rows) * site.width)
 
 
 def lower_concat(site: Site) -> Step:
@@ -57,6 +102,15 @@ def lower_mul(site: Site) -> Step:
 
 def lower_gate(site: Site) -> Step:
     return _pair(site, {"silu": _silu_gate, "gelu": _gelu_gate}[str(site.op.params)])
+
+
+def lower_activate(site: Site) -> Step:
+    activate = {"silu": _silu, "gelu": _gelu}[str(site.op.params)]
+
+    def run(frame: Frame) -> None:
+        activate(frame.values[site.op.inputs[0]], frame.values[site.op.output])
+
+    return Step(run)
 
 
 def lower_scale(site: Site) -> Step:
@@ -126,14 +180,23 @@ def _angles(frame: Frame, site: Site, spec: RopeSpec) -> tuple[Floats, Floats]:
 
 
 def _silu_gate(gate: Floats, up: Floats, out: Floats) -> None:
-    np.negative(gate, out=out)
-    np.exp(out, out=out)
-    out += 1
-    np.divide(gate, out, out=out)
+    _silu(gate, out)
     out *= up
 
 
 def _gelu_gate(gate: Floats, up: Floats, out: Floats) -> None:
+    _gelu(gate, out)
+    out *= up
+
+
+def _silu(gate: Floats, out: Floats) -> None:
+    np.negative(gate, out=out)
+    np.exp(out, out=out)
+    out += 1
+    np.divide(gate, out, out=out)
+
+
+def _gelu(gate: Floats, out: Floats) -> None:
     np.multiply(gate, gate, out=out)
     out *= 0.044715
     out += 1
@@ -143,7 +206,6 @@ def _gelu_gate(gate: Floats, up: Floats, out: Floats) -> None:
     out += 1
     out *= gate
     out *= 0.5
-    out *= up
 
 
 def _pair(site: Site, compute: Callable[[Floats, Floats, Floats], object]) -> Step:

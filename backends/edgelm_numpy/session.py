@@ -18,7 +18,7 @@ from edgelm.engine.lanes import BlasThreads, Lanes, quiet
 from edgelm.errors import UnsupportedModel
 from edgelm.files.blocks import TYPES, Floats
 from edgelm_numpy import rows
-from edgelm_numpy.attention import lower_attend
+from edgelm_numpy.attention import lower_attend, lower_encode
 from edgelm_numpy.frame import Frame, Site, Step, at
 from edgelm_numpy.matrices import lower_embed, lower_linear
 
@@ -27,16 +27,21 @@ ALIGNMENT = 64
 LOWERINGS: dict[str, Callable[[Site], Step]] = {
     "embed": lower_embed,
     "rms_norm": rows.lower_rms_norm,
+    "layer_norm": rows.lower_layer_norm,
     "linear": lower_linear,
     "concat": rows.lower_concat,
     "slice": rows.lower_slice,
     "add": rows.lower_add,
     "mul": rows.lower_mul,
     "gate": rows.lower_gate,
+    "activate": rows.lower_activate,
+    "add_row": rows.lower_add_row,
+    "add_positions": rows.lower_add_positions,
     "scale": rows.lower_scale,
     "softcap": rows.lower_softcap,
     "rope": rows.lower_rope,
     "attend": lower_attend,
+    "encode": lower_encode,
     "select": rows.lower_select,
 }
 

@@ -1,7 +1,8 @@
 """What an architecture file is, what it can read of a model's metadata, and how its model is recorded.
 
 An architecture is a module with `ARCHITECTURES` (names as in `general.architecture`) and
-`record(ops, weights, config) -> Tensor`, which returns the logits. It is registered under the entry point
+`record(ops, weights, config) -> Tensor`, which returns the logits, or of a model
+that embeds texts its last states. It is registered under the entry point
 `edgelm.architectures`. Metadata means here what it means to llama.cpp, defaults included.
 """
 
@@ -77,10 +78,16 @@ def read_config(meta: Meta, n_context: int) -> ModelConfig:
         n_kv_heads=n_kv_heads,
         head_dim_k=head_dim_k,
         head_dim_v=meta.int("attention.value_length", default=head_dim, least=1, most=MAX_EMBD),
-        eps=meta.float("attention.layer_norm_rms_epsilon", least=0.0, most=1.0),
+        eps=meta.float(_epsilon_key(meta), least=0.0, most=1.0),
         rope_dims=meta.int("rope.dimension_count", default=head_dim_k, least=2, most=MAX_EMBD),
         rope_base=meta.float("rope.freq_base", default=10000.0, least=1.0),
     )
+
+
+def _epsilon_key(meta: Meta) -> str:
+    """Return the key of the norms' epsilon: layer norms have another one than RMS norms."""
+    keys = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+    return keys[1] if meta.has(keys[1]) and not meta.has(keys[0]) else keys[0]
 
 
 def rope_spec(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 from edgelm.engine.backend import CacheGroup, CacheLayout, PassShape, Session
-from edgelm.engine.ir import Trace, place
+from edgelm.engine.ir import SMALL_TABLES, Trace, place
 from edgelm.engine.passes import WIDTHS
 from edgelm.engine.segments import cut
 from edgelm.engine.state import ALIGN, FLOAT_BYTES, Layout, workspace_bytes
@@ -46,7 +46,13 @@ class Model(NamedTuple):
     embedding: TensorInfo
 
     @property
+    def encodes(self) -> bool:
+        """Whether a text is one pass, all of whose rows come out: nothing of it is cached."""
+        return not self.layers
+
+    @property
     def n_vocab(self) -> int:
+        """Numbers in a row of what comes out."""
         return self.trace.values[self.trace.logits].width
 
 
@@ -58,10 +64,11 @@ def describe(
     layers = tuple(
         LayerCache(spec.group, spec.window, spec.n_kv_heads, spec.head_dim_k, spec.head_dim_v) for spec in trace.attends
     )
-    matrices = tuple(tensors[name] for name in used if tensors[name].n_rows > 1)
+    tables = {weight.tensor for op in trace.ops if op.kind in SMALL_TABLES for weight in op.weights}
+    matrices = tuple(tensors[name] for name in used if tensors[name].n_rows > 1 and name not in tables)
     looked_up = next(op.weights[0].tensor for op in trace.ops if op.kind == "embed")
     embedding = (gathered or {}).get(looked_up) or tensors[looked_up]
-    return Model(trace, tensors, matrices, constants(tensors, used), layers, embedding)
+    return Model(trace, tensors, matrices, constants(tensors, used, tables), layers, embedding)
 
 
 def most_shapes(n_rows: int) -> int:
@@ -97,8 +104,11 @@ class Demands(Sequence[Demand]):
         self._process_bytes, self._max_outputs, self._kept = process_bytes, max_outputs, kept
         self._n_rows, self._draft_bytes = max(n_rows, max_outputs), draft_bytes
         widest = min(context, kept[0] if kept else context, most_tokens or context)
-        # all rows whose logits are wanted come from one pass
-        self.chunks = tuple(chunk for chunk in CHUNKS if self._n_rows <= chunk <= widest)
+        if model.encodes:
+            self._n_rows = self._max_outputs = context
+            self.chunks: tuple[int, ...] = (context,)
+        else:  # all rows whose logits are wanted come from one pass
+            self.chunks = tuple(chunk for chunk in CHUNKS if self._n_rows <= chunk <= widest)
         self._whole = place(model.trace.ops, model.trace.values, frozenset([model.trace.logits])).segment
         self._known: dict[int, Demand] = {}
 

@@ -36,7 +36,7 @@ class Value(NamedTuple):
 
 
 class NormSpec(NamedTuple):
-    """RMS norm over `width / groups` numbers at a time (`groups` > 1: a norm for each head)."""
+    """RMS or layer norm over `width / groups` numbers at a time (`groups` > 1: a norm for each head)."""
 
     eps: float
     groups: int = 1
@@ -80,12 +80,22 @@ class AttendSpec(NamedTuple):
     group: int = 0
 
 
+class EncodeSpec(NamedTuple):
+    """Attention of `n_heads` query heads among the rows of the pass: each sees all of them. Nothing is cached."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim_k: int
+    head_dim_v: int
+    scale: float
+
+
 class Columns(NamedTuple):
     start: int
     width: int
 
 
-Params = NormSpec | RopeSpec | AttendSpec | Columns | float | str | None
+Params = NormSpec | RopeSpec | AttendSpec | EncodeSpec | Columns | float | str | None
 
 
 class Op(NamedTuple):
@@ -95,15 +105,20 @@ class Op(NamedTuple):
     |----------|-----------|------------------|---------------------|-------------------------------------------|
     | embed    |           | gathered rows    |                     | row t of the weight, as float32           |
     | rms_norm | x         | [scale]          | NormSpec            | x / rms(x) * scale                        |
+    | layer_norm | x       | scale, bias      | NormSpec            | (x - mean) / deviation * scale + bias     |
     | linear   | x         | matrix, [bias]   |                     | x W^T + bias                              |
     | concat   | tiles     |                  |                     | columns side by side                      |
     | slice    | x         |                  | Columns             | some columns of x                         |
     | add, mul | a, b      |                  |                     | elementwise                               |
     | gate     | g, u      |                  | "silu" or "gelu"    | act(g) * u (gelu: the tanh form)          |
+    | activate | x         |                  | "silu" or "gelu"    | act(x)                                    |
     | scale    | x         |                  | float               | x * float                                 |
     | softcap  | x         |                  | float               | cap * tanh(x / cap)                       |
     | rope     | x         | [factors]        | RopeSpec            | x rotated by the positions of the pass    |
     | attend   | q, k, v   |                  | AttendSpec          | attention, heads side by side             |
+    | encode   | q, k, v   |                  | EncodeSpec          | attention among the rows of the pass      |
+    | add_row  | x         | table            |                     | x + the first row of a small table        |
+    | add_positions | x    | table            |                     | x + the rows of the pass's positions      |
     | select   | x         |                  |                     | the rows of x whose logits are wanted     |
     """
 
@@ -112,6 +127,10 @@ class Op(NamedTuple):
     output: int
     weights: tuple[Weight, ...] = ()
     params: Params = None
+
+
+SMALL_TABLES = frozenset({"add_row", "add_positions"})
+"""Operations on tables of several rows that are kept like vectors, not streamed as matrices."""
 
 
 class Segment(NamedTuple):

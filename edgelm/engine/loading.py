@@ -294,6 +294,8 @@ class Terms(NamedTuple):
 
 def with_rows(model: Model, demands: Callable[..., Demands], request: Request, budget_bytes: int, terms: Terms) -> Plan:
     """Return the plan with as many rows for drafts as are worth their memory; `settle` says what it raises."""
+    if model.encodes:
+        return settle(model, demands(), budget_bytes, terms)
 
     def plan_with(n_rows: int) -> Plan | None:
         found = demands(n_rows=n_rows)

@@ -36,7 +36,7 @@ class Located(NamedTuple):
                 return Address(True, self.adopted[weight])
             if info.n_rows == 1:
                 return Address(True, self.vector(weight))
-            if run.pinned:
+            if run.pinned or weight.tensor not in starts:  # small tables are pinned like vectors
                 return Address(True, self.pinned.address(info.file, info.offset + weight.first_row * info.row_bytes))
             at, first = starts[weight.tensor]
             return Address(False, at + (weight.first_row - first) * info.row_bytes)

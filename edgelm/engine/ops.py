@@ -8,7 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from edgelm.engine.ir import Activation, AttendSpec, Columns, NormSpec, Op, Params, Per, RopeSpec, Trace, Value, Weight
+from edgelm.engine.ir import (
+    Activation,
+    AttendSpec,
+    Columns,
+    EncodeSpec,
+    NormSpec,
+    Op,
+    Params,
+    Per,
+    RopeSpec,
+    Trace,
+    Value,
+    Weight,
+)
 from edgelm.errors import UnsupportedModel
 from edgelm.files.model import TensorInfo
 
@@ -76,6 +89,12 @@ class Ops:
             self._check(scale, width=x.width // groups, rows=1)
         return self._add("rms_norm", (x,), x.width, x.per, _some(scale), NormSpec(eps, groups))
 
+    def layer_norm(self, x: Tensor, scale: Weight, bias: Weight, eps: float) -> Tensor:
+        """Layer normalization (arXiv:1607.06450) of each row."""
+        for weight in (scale, bias):
+            self._check(weight, width=x.width, rows=1)
+        return self._add("layer_norm", (x,), x.width, x.per, (scale, bias), NormSpec(eps))
+
     def linear(self, x: Tensor, matrix: Weight, bias: Weight | None = None) -> Tensor:
         """`x W^T + bias`; `matrix` has one row for each output."""
         self._check(matrix, width=x.width)
@@ -99,6 +118,19 @@ class Ops:
         """`activation(gate) * up` (GLU variants, arXiv:2002.05202)."""
         return self._pair("gate", gate, up, activation)
 
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        return self._add("activate", (x,), x.width, x.per, (), activation)
+
+    def add_row(self, x: Tensor, table: Weight) -> Tensor:
+        """Add the first row of a small table to every row."""
+        self._check(table, width=x.width)
+        return self._add("add_row", (x,), x.width, x.per, (table,))
+
+    def add_positions(self, x: Tensor, table: Weight) -> Tensor:
+        """Add to each row the row of its position in a small table: learned positions. `table` has one for each."""
+        self._check(table, width=x.width)
+        return self._add("add_positions", (x,), x.width, x.per, (table,))
+
     def scale(self, x: Tensor, factor: float) -> Tensor:
         return self._add("scale", (x,), x.width, x.per, (), float(factor))
 
@@ -117,17 +149,15 @@ class Ops:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttendSpec) -> Tensor:
         """Append k and v to the cache of the layer and return the attention of q over it."""
-        if (
-            q.width != spec.n_heads * spec.head_dim_k
-            or k.width != spec.n_kv_heads * spec.head_dim_k
-            or v.width != spec.n_kv_heads * spec.head_dim_v
-            or spec.n_heads % spec.n_kv_heads
-            or {q.per, k.per, v.per} != {"token"}
-        ):
-            raise UnsupportedModel(f"attention of {spec} does not fit q, k, v of {q.width}, {k.width}, {v.width}")
+        _check_heads(q, k, v, spec)
         group = self._windows.setdefault(spec.window, len(self._windows))
         spec = spec._replace(group=group)
         return self._add("attend", (q, k, v), spec.n_heads * spec.head_dim_v, "token", (), spec)
+
+    def encode(self, q: Tensor, k: Tensor, v: Tensor, spec: EncodeSpec) -> Tensor:
+        """Return the attention of every row of the pass to all of them: a text is one pass, and nothing is cached."""
+        _check_heads(q, k, v, spec)
+        return self._add("encode", (q, k, v), spec.n_heads * spec.head_dim_v, "token", (), spec)
 
     def select(self, x: Tensor) -> Tensor:
         """The rows whose logits are wanted. Done in the last block, so that the rest computes no more than needed."""
@@ -159,6 +189,17 @@ class Ops:
                 f"tensor {weight.tensor!r} is {weight.width} x {weight.rows}, "
                 f"but the model needs {width} x {rows if rows is not None else 'n'}"
             )
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, spec: AttendSpec | EncodeSpec) -> None:
+    if (
+        q.width != spec.n_heads * spec.head_dim_k
+        or k.width != spec.n_kv_heads * spec.head_dim_k
+        or v.width != spec.n_kv_heads * spec.head_dim_v
+        or spec.n_heads % spec.n_kv_heads
+        or {q.per, k.per, v.per} != {"token"}
+    ):
+        raise UnsupportedModel(f"attention of {spec} does not fit q, k, v of {q.width}, {k.width}, {v.width}")
 
 
 def _some(weight: Weight | None) -> tuple[Weight, ...]:

@@ -34,7 +34,7 @@ from edgelm.engine.loading import prepare as prepare_one
 from edgelm.engine.loading import replan as replan_one
 from edgelm.engine.phased import LEAST_PROMPT, PhasedEngine
 from edgelm.engine.registry import get_architecture
-from edgelm.errors import BudgetTooSmall
+from edgelm.errors import BudgetTooSmall, UnsupportedModel
 from edgelm.files.model import ModelFile
 from edgelm.memory.arena import KVArena, cache_bytes
 from edgelm.memory.plan import MAX_SLOT_BYTES, N_SLOTS, Demand, Plan, job_s, make_plan
@@ -70,6 +70,8 @@ class Sources(NamedTuple):
 
 def until_cached(trace: Trace) -> Trace:
     """Return the part of a pass that fills the cache, up to the last attention; its output is of no use."""
+    if not trace.attends:
+        raise UnsupportedModel("a model that embeds texts has no answers apart from prompts; use one backend for all")
     last = max(i for i, op in enumerate(trace.ops) if op.kind == "attend")
     attended, end = trace.ops[last].output, max(trace.values) + 1
     values = {**trace.values, end: Value(trace.values[attended].width, "output")}

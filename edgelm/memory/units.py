@@ -6,7 +6,7 @@ constants, which are always resident. Knows shapes and places in files; reads no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from edgelm.files.model import TensorInfo
@@ -169,9 +169,9 @@ def concatenate(units: Sequence[Unit]) -> Unit:
     return make_unit(part for unit in units for part in unit.parts)
 
 
-def constants(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> Unit:
-    """Return the unit of all vectors among `names`: they are pinned whatever the budget."""
-    return make_unit(part_of(tensors[name]) for name in names if tensors[name].n_rows == 1)
+def constants(tensors: Mapping[str, TensorInfo], names: Iterable[str], tables: Collection[str] = ()) -> Unit:
+    """Return the unit of all vectors among `names`, and of small `tables`: they are pinned whatever the budget."""
+    return make_unit(part_of(tensors[name]) for name in names if tensors[name].n_rows == 1 or name in tables)
 
 
 def _pieces(info: TensorInfo, slot_bytes: int) -> list[Part]:

@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from edgelm.engine.architecture import record
 from edgelm.engine.health import ORACLE
 from edgelm.engine.loading import MIN_CONTEXT, default_context, open_path
-from edgelm.engine.registry import backend_names
-from edgelm.errors import ConfigError, UnknownBackend
+from edgelm.engine.registry import backend_names, get_architecture
+from edgelm.errors import ConfigError, UnknownBackend, UnsupportedModel
+from edgelm.files.index import is_genai_folder
 from edgelm.memory.platform import current_platform
 from edgelm.parity.measures import Likelihood, log_softmax
 from edgelm.parity.report import Verification
@@ -64,6 +66,8 @@ def verify(
     budget_bytes = parse_size(memory) if memory is not None else None
     file = open_path(path)
     context = context or max(min(default_context(file), CONTEXT), MIN_CONTEXT)
+    if not is_genai_folder(path) and not record(get_architecture(file.architecture), file, context).attends:
+        raise UnsupportedModel("a model that embeds texts has no logits to compare; verify one that writes texts")
     threads = threads or current_platform().cores()
     tokenizer = load_tokenizer(file)
     source = Path(text) if text is not None else TEXT

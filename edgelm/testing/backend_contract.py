@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,10 +25,10 @@ from edgelm.files.ggml_types import TensorType
 from edgelm.files.model import TensorInfo
 from edgelm.testing import reference
 from edgelm.testing.blocks import RANDOM_TYPES, random_weights
+from edgelm.testing.encoder_contract import N_TOKENS, EncoderContract
 from edgelm.testing.memory import peak_growth_bytes
-from edgelm.testing.recording import Floats, Recording
+from edgelm.testing.reference import nmse
 
-N_TOKENS = (1, 2, 7, 33)
 TILED_TYPES = (TensorType.F32, TensorType.Q4_0, TensorType.Q8_0, TensorType.Q4_K, TensorType.Q6_K)
 TREES = ((-1, -1, 0, 1, 2, 2, 4, 0), (-1,) * 5, (-1, 0, 0, 2), (-1, *(i // 2 for i in range(31))))
 ATTEND = AttendSpec(layer=0, n_heads=6, n_kv_heads=2, head_dim_k=32, head_dim_v=64, scale=0.18)
@@ -37,20 +36,11 @@ ROPE = RopeSpec(n_heads=3, n_dims=32, neox=True, base=10000.0)
 YARN = ROPE._replace(base=500000.0, freq_scale=0.25, ext_factor=1.0, attn_factor=0.9, n_ctx_orig=64)
 
 
-def nmse(ours: Floats, expected: reference.Exact) -> float:
-    """Normalized mean squared error; raises if shapes differ or a number is not finite."""
-    assert ours.shape == expected.shape
-    assert np.isfinite(ours).all()
-    return float(np.square(ours - expected).sum() / max(np.square(expected).sum(), 1e-30))
-
-
-class BackendContract:
+class BackendContract(EncoderContract):
     """Inherit this and override `backend`. The bounds below may be tightened, and `row_cut` set to 1."""
 
     product_nmse = 5e-4
     """Bound for `linear` and `attend`: eight-bit activations are allowed."""
-    row_nmse = 1e-6
-    """Bound for everything else."""
     row_cut = 32
     """Rows of a matrix are cut at multiples of this; the results must keep their bits."""
     tiled_rows = 293
@@ -66,11 +56,6 @@ class BackendContract:
         session = backend.open(self.n_threads)
         yield session
         session.close()
-
-    @staticmethod
-    def record(backend: Backend, n_tokens: int, **options: Any) -> Recording:
-        """Return a `Recording` whose weights and caches lie as the backend wants them. A session must be open."""
-        return Recording(n_tokens, layout=layout_of(backend), cache=backend.capabilities().cache, **options)
 
     def test_probe_finds_the_backend(self, backend: Backend) -> None:
         availability = backend.probe()
@@ -218,7 +203,7 @@ class BackendContract:
     ) -> None:
         """Rows of one pass that branch: each sees what is stored, its ancestors and itself, and no other branch."""
         n = len(parents)
-        recording = self.record(backend, n, capacity=160, length=96, parents=parents)
+        recording = self.record(backend, n, capacity=160, length=96, parents=parents, out_rows=range(n))
         q, k, v = (recording.value(heads * dim) for heads, dim in reference.attend_widths(spec))
         output = recording.ops.attend(q, k, v, spec)
         for first in (0, n, 2 * n):  # each is stored after the one before as a whole: masks decide who sees what
@@ -232,7 +217,7 @@ class BackendContract:
         """What lies on other branches, however large, changes no bit of a row."""
         found = []
         for spread in (1.0, 100.0):
-            recording = self.record(backend, 4, capacity=64, length=64, parents=(-1, 0, -1, 2))
+            recording = self.record(backend, 4, capacity=64, length=64, parents=(-1, 0, -1, 2), out_rows=range(4))
             q, k, v = (recording.value(heads * dim) for heads, dim in reference.attend_widths(ATTEND))
             for tensor in (q, k, v):
                 recording.inputs(tensor)[2:] *= spread

@@ -8,9 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.engine.ir import Activation, AttendSpec, RopeSpec
+from edgelm.engine.ir import Activation, AttendSpec, EncodeSpec, RopeSpec
 
 Exact = NDArray[np.float64]
+
+
+def nmse(ours: NDArray[np.float32], expected: Exact) -> float:
+    """Normalized mean squared error; raises if shapes differ or a number is not finite."""
+    assert ours.shape == expected.shape
+    assert np.isfinite(ours).all()
+    return float(np.square(ours - expected).sum() / max(np.square(expected).sum(), 1e-30))
 
 
 def rms_norm(x: Exact, scale: Exact, eps: float, groups: int) -> Exact:
@@ -19,6 +26,27 @@ def rms_norm(x: Exact, scale: Exact, eps: float, groups: int) -> Exact:
     rms = np.sqrt(np.mean(parts**2, axis=2, keepdims=True) + eps)
     normed: Exact = parts / rms * scale.reshape(-1)
     return normed.reshape(x.shape)
+
+
+def layer_norm(x: Exact, scale: Exact, bias: Exact, eps: float) -> Exact:
+    """Layer normalization (arXiv:1607.06450) of every row."""
+    centred = x - x.mean(axis=1, keepdims=True)
+    normed: Exact = centred / np.sqrt(np.mean(centred**2, axis=1, keepdims=True) + eps) * scale + bias
+    return normed
+
+
+def encode(q: Exact, k: Exact, v: Exact, spec: EncodeSpec) -> Exact:
+    """Attention in which every row sees all (arXiv:1706.03762), query heads sharing keys and values."""
+    queries, keys, values = (
+        part.reshape(len(part), heads, -1)
+        for part, heads in ((q, spec.n_heads), (k, spec.n_kv_heads), (v, spec.n_kv_heads))
+    )
+    keys, values = (np.repeat(part, spec.n_heads // spec.n_kv_heads, axis=1) for part in (keys, values))
+    scores = np.einsum("qhd,khd->hqk", queries, keys) * spec.scale
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    weights /= weights.sum(axis=2, keepdims=True)
+    mixed: Exact = np.einsum("hqk,khd->qhd", weights, values).reshape(len(q), -1)
+    return mixed
 
 
 def gate(g: Exact, u: Exact, activation: Activation) -> Exact:
@@ -61,7 +89,7 @@ def attend(q: Exact, keys: NDArray[Any], values: NDArray[Any], mask: NDArray[np.
     return np.concatenate(heads, axis=1)
 
 
-def attend_widths(spec: AttendSpec) -> tuple[tuple[int, int], ...]:
+def attend_widths(spec: AttendSpec | EncodeSpec) -> tuple[tuple[int, int], ...]:
     """Heads and dimensions of q, k and v."""
     return (
         (spec.n_heads, spec.head_dim_k),

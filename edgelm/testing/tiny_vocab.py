@@ -92,3 +92,28 @@ def _byte_letters() -> list[str]:
 
 
 _BYTE_LETTERS = _byte_letters()
+
+
+def bert_vocab() -> dict[str, Any]:
+    """Return the metadata of a WordPiece vocabulary, as converters write it: pieces that begin a word have a mark."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    types = [CONTROL] * len(tokens)
+    letters = [char.lower() for char in _CHARACTERS if char.strip() and char != "▁"]
+    pieces = dict.fromkeys(["▁" + letter for letter in letters] + [letter for letter in letters if letter.isalnum()])
+    pieces |= dict.fromkeys(piece for piece in _PIECES if piece.strip("▁"))
+    pieces |= dict.fromkeys(["▁weather", "▁town", "▁cold", "▁again", "▁é", "ß", "▁ß", "▁字", "▁¿", "▁the", "ies", "s"])
+    tokens += pieces
+    types += [NORMAL] * len(pieces)
+    return {
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.asarray(types, dtype=np.int32),
+        "tokenizer.ggml.token_type_count": 2,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.unknown_token_id": 1,
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.cls_token_id": 2,
+        "tokenizer.ggml.seperator_token_id": 3,
+        "tokenizer.ggml.mask_token_id": 4,
+    }

@@ -35,7 +35,13 @@ from edgelm.text.tables import (
 )
 
 _ATTR_OF_TYPE = bytes((0, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE))
-_DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {"bos": 11, "eos": 11}, "gemma4": {}, "bpe": {}}
+_DEFAULT_IDS = {
+    "llama": {"bos": 1, "eos": 2, "unk": 0},
+    "gpt2": {"bos": 11, "eos": 11},
+    "bert": {"bos": 101, "eos": 102, "unk": 100},
+    "gemma4": {},
+    "bpe": {},
+}
 _CHUNK = 8192
 
 
@@ -79,17 +85,19 @@ def build_tables(metadata: Mapping[str, Any]) -> list[bytes]:
     kind = metadata.get("tokenizer.ggml.model", "none")
     if kind not in _DEFAULT_IDS or (kind == "bpe" and special.END_IDS not in metadata):
         raise UnsupportedModel(
-            f"the file's tokenizer is of kind {kind!r} (known: gpt2, llama, gemma4); use another model"
+            f"the file's tokenizer is of kind {kind!r} (known: gpt2, llama, gemma4, bert); use another model"
         )
     pre = (
-        WHOLE if kind == "bpe" else pre_tokenizer(kind if kind == "gemma4" else metadata.get("tokenizer.ggml.pre", ""))
+        WHOLE
+        if kind in ("bpe", "bert")
+        else pre_tokenizer(kind if kind == "gemma4" else metadata.get("tokenizer.ggml.pre", ""))
     )
     strings: Strings | None = metadata.get("tokenizer.ggml.tokens")
     if strings is None or not len(strings):
         raise UnsupportedModel("the file holds no vocabulary (tokenizer.ggml.tokens); convert the model again")
-    merged = kind != "llama"
+    merged = kind not in ("llama", "bert")
     texts = _Texts()
-    bigrams = _Bigrams() if pre.raw or not merged else None
+    bigrams = _Bigrams() if pre.raw or kind == "llama" else None
     for token, text in enumerate(strings.iter_raw()):
         texts.append(text or b"[EMPTY_%d]" % token)
         if bigrams is not None:
@@ -99,7 +107,7 @@ def build_tables(metadata: Mapping[str, Any]) -> list[bytes]:
     sections: dict[str, tuple[str, Any]] = {"attrs": ("B", attrs)}
     if merged:
         sections |= _pairs(metadata, texts, bigrams)
-    else:
+    elif kind == "llama":
         sections["ranks"] = ("I", _ranks(metadata, len(strings)).tobytes())
     if bigrams is not None:
         sections["bigrams"] = ("B", bigrams.finish())
@@ -119,6 +127,8 @@ def _attrs(metadata: Mapping[str, Any], n_tokens: int) -> bytes:
 def _meta(metadata: Mapping[str, Any], kind: str, pre: PreTokenizer, texts: _Texts, attrs: bytearray) -> dict[str, Any]:
     from_json = special.END_IDS in metadata
     ids = special.special_ids(metadata, len(attrs), {} if from_json else _DEFAULT_IDS[kind])
+    if kind == "bert":
+        _settle_bert(metadata, ids, len(attrs))
     if pre.name in ("chatglm-bpe", "glm4", "glm5") and "tokenizer.ggml.bos_token_id" not in metadata:
         ids.pop("bos", None)
     lookup = texts.lookup()
@@ -133,6 +143,19 @@ def _meta(metadata: Mapping[str, Any], kind: str, pre: PreTokenizer, texts: _Tex
     elif "phi-3" in name or "phi3" in name:
         special.strip_right(attrs, found, lookup.find)
     spm, space_prefix = kind == "llama", metadata.get("tokenizer.edgelm.space_prefix", "")
+    if kind == "bert":  # a text ends with what separates it from a second one
+        lowercase = bool(metadata.get("tokenizer.ggml.normalizer.lowercase", True))
+        return {
+            "kind": kind,
+            "ids": ids,
+            "ends": ends,
+            "special": found,
+            "add_bos": True,  # whatever the file says, as in libllama
+            "add_eos": True,
+            "add_space_prefix": True,
+            "lowercase": lowercase,
+            "strip_accents": bool(metadata.get("tokenizer.ggml.normalizer.strip_accents", lowercase)),
+        }
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", spm or pre.add_bos))
     return {
         "kind": kind,
@@ -146,6 +169,16 @@ def _meta(metadata: Mapping[str, Any], kind: str, pre: PreTokenizer, texts: _Tex
         "space_prefix": space_prefix,
         "nfc": metadata.get("tokenizer.edgelm.nfc", False),
     }
+
+
+def _settle_bert(metadata: Mapping[str, Any], ids: dict[str, int], n_tokens: int) -> None:
+    """Let the separator take the place of the end of a text, and see that there is a token for unknown words."""
+    separator = metadata.get("tokenizer.ggml.seperator_token_id", 102)  # spelled so in GGUF
+    if not isinstance(separator, int) or not 0 <= separator < n_tokens or not {"bos", "unk"} <= ids.keys():
+        raise UnsupportedModel(
+            "the vocabulary lacks the tokens that begin and end a text or stand for unknown words; convert it again"
+        )
+    ids["eos"] = separator
 
 
 class _Texts:

@@ -19,6 +19,7 @@ from edgelm.text.pretokenize import WHOLE, pre_tokenizer
 from edgelm.text.prompt import Prompt
 from edgelm.text.special import SpecialTexts
 from edgelm.text.tables import BYTE, CONTROL, FORMAT, NORMAL, UNKNOWN, USER_DEFINED, BadTables, Tables
+from edgelm.text.word_pieces import WordPieceEncoder
 
 if TYPE_CHECKING:
     from edgelm.text.build import ModelHeader
@@ -192,6 +193,8 @@ class IncrementalDecoder:
 def _encoder_for(tables: Tables) -> Encoder:
     if tables.meta["kind"] == "llama":
         return ScoreEncoder(tables)
+    if tables.meta["kind"] == "bert":
+        return WordPieceEncoder(tables)
     if tables.meta["kind"] == "bpe":
         return RawPairEncoder(tables, WHOLE)
     pre = pre_tokenizer(tables.meta["pre"])

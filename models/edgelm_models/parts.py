@@ -38,3 +38,9 @@ def feed_forward(ops: Ops, w: Weights, h: Tensor, activation: Activation = "silu
 def inverse_sqrt(n: int) -> float:
     """Return 1 / sqrt(n) rounded twice to float32, as kernels and reference implementations do."""
     return 1.0 / float(np.sqrt(np.float32(n)))
+
+
+def encodes_both_ways(cfg: ModelConfig) -> None:
+    """Raise `UnsupportedModel` for an encoder whose tokens see only those before them."""
+    if cfg.meta.bool("attention.causal", default=False):
+        raise UnsupportedModel("an encoder with causal attention is not supported; use a model that embeds texts")

@@ -20,6 +20,7 @@ def why_not() -> str:
 
 
 class TestMlxBackend(BackendContract):
+    encodes = False
     product_nmse = 1e-9
     row_nmse = 1e-9
 

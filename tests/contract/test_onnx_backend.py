@@ -21,6 +21,8 @@ def why_not() -> str:
 
 
 class TestOnnxBackend(BackendContract):
+    encodes = False
+
     @pytest.fixture
     def backend(self) -> Backend:
         if reason := why_not():
