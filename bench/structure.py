@@ -2,8 +2,11 @@
 
     python bench/structure.py SUITE [--schemas 200] [--limit 256]
 
-SUITE: the folder of a draft, such as `json/tests/draft2020-12` of the source package of jsonschema
-(`pip download --no-deps --no-binary :all: jsonschema`).
+SUITE: the folder `json/tests` of the source package of jsonschema (`pip download --no-deps --no-binary :all:
+jsonschema`). Schemas are taken from the newest draft on, each once, until enough of them were not refused: one draft
+alone has fewer than 200 that llguidance supports. Each is answered with every setting of `SETTINGS`; the penalty was
+chosen after a trial of four settings on 11 schemas (6 ended with greedy, 7 and 10 at temperatures 0.7 and 1, 11 with
+it, of at most 96 tokens). Formats are not checked: to jsonschema they are annotations.
 """
 
 from __future__ import annotations
@@ -16,45 +19,69 @@ from typing import Any
 import common
 
 CONTEXT = 1024
+DRAFTS = {
+    "draft2020-12": "https://json-schema.org/draft/2020-12/schema",
+    "draft2019-09": "https://json-schema.org/draft/2019-09/schema",
+    "draft7": "http://json-schema.org/draft-07/schema#",
+    "draft6": "http://json-schema.org/draft-06/schema#",
+    "draft4": "http://json-schema.org/draft-04/schema#",
+}
+SETTINGS: dict[str, dict[str, Any]] = {"greedy": {}, "repeat penalty 1.15": {"repeat_penalty": 1.15}}
 
 
 def schemas(suite: Path) -> list[tuple[str, Any]]:
-    """Return every schema of the suite with its name, those first that are not about references to other documents."""
-    found = []
-    for path in sorted(suite.glob("*.json")):
-        for number, group in enumerate(json.loads(path.read_text())):
-            found.append((f"{path.stem}/{number}", group["schema"]))
-    return found
+    """Return every schema of the suite once, with its name; each says its draft, as in the suite its folder does."""
+    found: dict[str, tuple[str, Any]] = {}
+    for draft, dialect in DRAFTS.items():
+        paths = sorted((suite / draft).glob("*.json"))
+        if not paths:
+            sys.exit(f"{suite / draft} holds no schemas: give the folder json/tests of jsonschema's source package")
+        for path in paths:
+            for number, group in enumerate(json.loads(path.read_text())):
+                schema = group["schema"]
+                if isinstance(schema, dict):
+                    key = json.dumps({**schema, "$schema": ""}, sort_keys=True)
+                    schema = {"$schema": dialect, **schema}
+                else:
+                    key = json.dumps(schema)
+                found.setdefault(key, (f"{draft}/{path.stem}/{number}", schema))
+    return list(found.values())
+
+
+def problem_of(text: str, schema: Any) -> str:
+    """Return why an answer is not valid against its schema, by the draft that this names; empty if it is."""
+    import jsonschema
+
+    validator = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        validator(schema).validate(json.loads(text))
+    except Exception as error:  # what cannot be validated counts as not valid, whatever the reason
+        return (str(error).splitlines() or [type(error).__name__])[0][:150]
+    return ""
 
 
 def child(spec: dict[str, Any]) -> dict[str, Any]:
-    import jsonschema
-
     import edgelm
 
+    options = {"speculate": False, **SETTINGS[spec["setting"]]}
     rows, refused = [], []
     with edgelm.load(
         spec["model"], backend=spec["backend"], threads=spec["threads"], context=CONTEXT, memory="1GB"
     ) as model:
-        plain = list(model.stream("Write JSON.\n", max_tokens=64, ignore_eos=True, speculate=False))[-1].usage
+        plain = list(model.stream("Write JSON.\n", max_tokens=128, ignore_eos=True, **options))[-1].usage
         for name, schema in schemas(Path(spec["suite"])):
             if len(rows) == spec["schemas"]:
                 break
             prompt = f"Write a short JSON value that is valid against this schema:\n{json.dumps(schema)[:600]}\n"
             try:
-                chunks = list(model.stream(prompt, max_tokens=spec["limit"], json_schema=schema, speculate=False))
+                chunks = list(model.stream(prompt, max_tokens=spec["limit"], json_schema=schema, **options))
             except edgelm.ConfigError as error:
                 refused.append([name, str(error)[:120]])
                 continue
             text, usage = "".join(chunk.text for chunk in chunks), chunks[-1].usage
             ended = chunks[-1].finish_reason == "stop"
-            problem = ""
-            if ended:
-                try:
-                    jsonschema.Draft202012Validator(schema).validate(json.loads(text))
-                except (ValueError, jsonschema.ValidationError) as error:
-                    problem = str(error).splitlines()[0][:150]
-            decode_s = usage.elapsed_s - (usage.ttft_s or 0)
+            problem = problem_of(text, schema) if ended else ""
+            decode_s = usage.elapsed_s - usage.ttft_s
             rows.append([name, ended, problem, usage.completion_tokens, usage.sample_s, decode_s])
     per_token = plain.sample_s / plain.completion_tokens
     extra_s = sum(row[4] - per_token * (row[3] + row[1]) for row in rows)
@@ -82,12 +109,13 @@ def main() -> None:
     for name in given.models:
         spec = {"model": str(common.find_model(name)), "suite": str(given.suite.resolve()), "limit": given.limit}
         spec |= {"backend": given.backend, "threads": given.threads, "schemas": given.schemas}
-        found = common.run([sys.executable, __file__, "--child", json.dumps(spec)]).json()
-        invalid = len(found["ended and not valid"])
-        ended = round(100 * found["ended"] / max(found["schemas"], 1), 1)
-        report.add(
-            "JSON schemas", model=name, **found, **{"ended %": ended, "valid of these": found["ended"] - invalid}
-        )
+        for setting in SETTINGS:
+            spec["setting"] = setting
+            found = common.run([sys.executable, __file__, "--child", json.dumps(spec)]).json()
+            ended, invalid = found["ended"], len(found["ended and not valid"])
+            percent = round(100 * ended / max(found["schemas"], 1), 1)
+            facts = {"ended %": percent, "valid of these": ended - invalid}
+            report.add("JSON schemas", model=name, setting=setting, **found, **facts)
     report.finish()
 
 

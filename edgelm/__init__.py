@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from edgelm.chat import Chat
     from edgelm.comparing import candidates
+    from edgelm.copying import DraftCopy, draft_copy
     from edgelm.engine.choosing import Candidate
     from edgelm.memory.plan import Plan
     from edgelm.memory.timeline import Timeline
@@ -62,6 +63,7 @@ __all__ = [
     "ContextOverflow",
     "Device",
     "DownloadError",
+    "DraftCopy",
     "EdgeLMError",
     "Inspection",
     "Model",
@@ -84,6 +86,7 @@ __all__ = [
     "candidates",
     "devices",
     "doctor",
+    "draft_copy",
     "inspect",
     "load",
     "pack",
@@ -97,6 +100,7 @@ _HOMES = {
     "Chat": "edgelm.chat",
     "Chunk": "edgelm.usage",
     "Device": "edgelm.simulated",
+    "DraftCopy": "edgelm.copying",
     "Inspection": "edgelm.reports",
     "Model": "edgelm.model",
     "PackError": "edgelm.packing",
@@ -112,6 +116,7 @@ _HOMES = {
     "candidates": "edgelm.comparing",
     "devices": "edgelm.simulated",
     "doctor": "edgelm.reports",
+    "draft_copy": "edgelm.copying",
     "inspect": "edgelm.reports",
     "pack": "edgelm.packing",
     "plan": "edgelm.opening",
@@ -147,7 +152,7 @@ def load(
     backends prepare a model before its first start, which is kept in the cache folder.
     Tokens are guessed and verified several at a time where that is faster, with the same result; `speculate=False`
     computes one after the other. `draft` is a smaller model of the same vocabulary that does the guessing, resident
-    within the same budget; a low-bit copy of the model itself is one.
+    within the same budget: a file, or "auto" for the low-bit copy that `draft_copy` made of the model.
     `kv` is the type of keys and values in the cache: "f16", "q8_0" (half the memory, next to no loss), "q4_0", two of
     them for keys and values ("q8_0:q4_0"), or "auto" for the first of these with which all weights stay in memory.
     Where a `context` that was asked for fits in no other way, the oldest keys and values go to flash, in the cache

@@ -23,7 +23,7 @@ def concessions(plan: Plan, wanted: int) -> tuple[str, ...]:
     spill = plan.demand.spill
     if spill is not None and spill.file_bytes:
         notes.append(
-            f"the newest {spill.resident} tokens' keys and values stay in memory; older ones, up to "
+            f"the newest {spill.resident} tokens' keys and values stay in memory, as f16; older ones, up to "
             f"{human(spill.file_bytes)}, are written to {cache_dir()} (a file that vanishes at the end; writing wears "
             "flash) and read back for every token"
         )

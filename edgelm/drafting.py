@@ -10,6 +10,7 @@ from edgelm.engine.drafting import VOCABULARY, check_vocabulary, prepare_draft
 from edgelm.engine.forward import Engine
 from edgelm.engine.loading import Prepared, Request, build, open_path
 from edgelm.errors import BudgetTooSmall
+from edgelm.files.drafts import find
 from edgelm.files.model import ModelFile
 from edgelm.sizes import human
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from edgelm.memory.plan import Plan
     from edgelm.opening import Part
 
+AUTO = "auto"
 DRAFTED, EXPECTED = 4, 3.4
 """Guesses of a round, and what it is taken to yield before a draft is known: a two-bit copy did so on open chat."""
 
@@ -45,9 +47,17 @@ def with_draft(
 ) -> tuple[Prepared, Draft | None, tuple[str, ...]]:
     """Plan a model with the draft at `path` beside it; return the plan, the draft, and sentences for the user.
 
+    "auto" is the low-bit copy that was made of the model; without one it goes on alone, and says so.
+
     The draft is dropped where the budget holds only one of them, or where its memory is worth more as that of weights.
     Raises `ConfigError` if the two do not share a vocabulary.
     """
+    if path == AUTO:
+        found = find(source)
+        if found is None:
+            how = "`edgelm draft` (edgelm.draft_copy) makes one"
+            return planned(request), None, (f"no draft model: there is no low-bit copy of {source.name}; {how}",)
+        path = str(found)
     target = open_path(source.paths[0]) if VOCABULARY in source.metadata else source
     check_vocabulary(target, open_path(path))  # opened for this only: vocabularies are large
     del target

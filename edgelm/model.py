@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from edgelm.adaptive import Monitor
     from edgelm.chat import Chat, Overflow
     from edgelm.engine.embedding import Floats, Pooling
-    from edgelm.engine.sampling import Sampler
     from edgelm.structured import Forms
     from edgelm.text.template import ChatTemplate
 
@@ -157,17 +156,28 @@ class Model:
         ids = encode()
         if not ids:
             raise ConfigError("the prompt is empty; give it at least one token")
-        sampler, ends = self.sampler_of(asked, len(ids))
+        sampler, ends = self._sampler_of(asked, len(ids)), self._ends_of(asked)
         if asked.n_top is not None:
             sampler = Watched(sampler, asked.n_top)
         clock = Clock(self._engine, self._conversation.counts, self._meter, self.backend, len(ids))
         return self._run(turn, ids, asked._replace(sampler=sampler), ends, clock, kept)
 
-    def sampler_of(self, asked: Asked, n_prompt: int) -> tuple[Sampler, frozenset[int]]:
-        """Return what draws one answer to a prompt of so many ids, and the ids that end it."""
-        if asked.form is not None:
-            return self._forms_here().constrain(asked.sampler, asked.form, n_prompt), self.tokenizer.eos_ids
-        return asked.sampler, frozenset() if asked.ignores_ends else self.tokenizer.eos_ids
+    def sampling(self, options: Options) -> tuple[Callable[[int], Sampler], frozenset[int]]:
+        """Return what makes the sampler of one answer to a prompt of so many ids, and the ids that end it.
+
+        Raises `ConfigError` for options that make no sense.
+        """
+        asked = asked_for(options, self.tokenizer)
+        return partial(self._sampler_of, asked), self._ends_of(asked)
+
+    def _sampler_of(self, asked: Asked, n_prompt: int) -> Sampler:
+        """Return the sampler for an answer to a prompt of so many ids."""
+        if asked.form is None:
+            return asked.sampler
+        return self._forms_here().constrain(asked.sampler, asked.form, n_prompt)
+
+    def _ends_of(self, asked: Asked) -> frozenset[int]:
+        return frozenset() if asked.ignores_ends and asked.form is None else self.tokenizer.eos_ids
 
     def _run(
         self,
@@ -287,7 +297,7 @@ class Model:
     def _provide(self, prefix: Sequence[int]) -> None:
         from edgelm.prefixes import provide
 
-        if told := provide(self._conversation, prefix, self.identity, self._file.name):
+        if told := provide(self._conversation, prefix, self.identity, self._file.name, self.plan.demand.kv):
             self.notes = (*self.notes, told)
 
     @property

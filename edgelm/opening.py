@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -271,8 +272,9 @@ def _with_backend(
     parts: list[Part] = []
     try:
         names = (answers, prompts) if prompts else (answers,)
+        usual = replace(request, kv="f16")  # all that prompts on another backend, or a draft, must be able to keep
         for one in names:
-            part = _open_part(one, source, request, device, making, host, len(names))
+            part = _open_part(one, source, usual if parts else request, device, making, host, len(names))
             parts.append(part)  # at once: if the next one fails, this one is closed
         trim()
         phases = [part.phase for part in parts]
@@ -288,7 +290,7 @@ def _with_backend(
             from edgelm.drafting import with_draft
 
             def opened(file: ModelFile) -> Part:
-                return _open_part(answers, file, request, device, making, host, 1)
+                return _open_part(answers, file, usual, device, making, host, 1)
 
             prepared, draft, more = with_draft(wishes.draft, source, request, opened, planned)
             if prepared.model.encodes:

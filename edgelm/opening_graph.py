@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgelm.engine.backend import GraphSession
+from edgelm.engine.cache_types import AUTO, parse_types
 from edgelm.engine.choosing import Candidate
 from edgelm.engine.foldertext import build_tables_apart
 from edgelm.engine.graphs import NOT_GRAPHS, choose_for_graph, graph_backend, open_genai
@@ -81,6 +82,11 @@ def _get_ready(path: Path, wishes: Wishes) -> _Ready:
         )
     if wishes.parallel > 1:
         raise ConfigError("an ONNX graph computes one answer at a time; leave parallel out, or use a GGUF file")
+    if AUTO[0] not in parse_types(wishes.kv):
+        raise ConfigError(
+            f"an ONNX graph keeps keys and values as its file says, not as {wishes.kv}; leave --kv out, or use the "
+            "model as a GGUF file"
+        )
     n_threads = threads_of(wishes.threads, device_of(None, wishes.threads))
     tune_allocator()
     file, folder = open_genai(path)

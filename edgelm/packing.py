@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import json
 import os
 import re
-import struct
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -26,12 +24,13 @@ from edgelm.engine.loading import default_context
 from edgelm.engine.registry import get_architecture
 from edgelm.errors import ConfigError, EdgeLMError
 from edgelm.files import pack as form
+from edgelm.files.copied_header import copied_header
 from edgelm.files.errors import NotAModelFile
-from edgelm.files.gguf import fingerprint_of, open_model, read_part
+from edgelm.files.gguf import fingerprint_of, open_model
 from edgelm.files.index import is_folder
 from edgelm.files.model import ModelFile, TensorInfo
 from edgelm.files.summary import summary_of
-from edgelm.files.writing import PARTIAL, free_bytes, whole_or_nothing
+from edgelm.files.writing import free_bytes, remove_leftovers, whole_or_nothing
 from edgelm.hashing import blake2b
 from edgelm.memory.buffer import Buffer, align_up
 from edgelm.memory.stores import open_store, span
@@ -43,7 +42,6 @@ SUFFIX = ".edgelm.gguf"
 _BLOCK_BYTES = 4 * MIB
 _OWN_KEYS = ("general.alignment", "split.", "edgelm.pack.")
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
-_UINT32, _STRING = 4, 8
 _SUM_BYTES = 8
 
 Progress = Callable[[int, int], None]
@@ -160,7 +158,8 @@ def _at(info: TensorInfo, offset: int) -> TensorInfo:
 def _lay_out(source: ModelFile, name: str) -> _Layout:
     tensors = in_pass_order(source)
     offsets = [0, *accumulate(align_up(info.n_bytes) for info in tensors)]
-    header = _header(source, name, list(map(_at, tensors, offsets)))
+    own = _own_metadata(name)
+    header = copied_header(source.paths[0], list(map(_at, tensors, offsets)), own, _OWN_KEYS)
     start = align_up(len(header))
     placed = tuple(_at(info, start + at) for info, at in zip(tensors, offsets[:-1], strict=True))
     tables = tuple(build_tables(source.metadata))
@@ -170,34 +169,8 @@ def _lay_out(source: ModelFile, name: str) -> _Layout:
     return _Layout(header, tensors, placed, tables, tables_at, checksums_at, index_at)
 
 
-def _header(source: ModelFile, name: str, tensors: Sequence[TensorInfo]) -> bytes:
-    """Return the GGUF header: the source's keys byte for byte, but for those that the layout decides."""
-    part = read_part(source.paths[0])
-    with source.paths[0].open("rb") as file:
-        raw = file.read(part.header_bytes)
-    keys = [raw[start:end] for key, (start, end) in part.spans.items() if not key.startswith(_OWN_KEYS)]
-    for key, value in _own_metadata(name).items():
-        kind = _STRING if isinstance(value, str) else _UINT32
-        keys.append(_string(key) + struct.pack("<I", kind) + _value(value))
-    table = [
-        _string(info.name)
-        + struct.pack(f"<I{len(info.shape)}QIQ", len(info.shape), *info.shape, info.type, info.offset)
-        for info in tensors
-    ]
-    return b"".join((b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(keys)), *keys, *table))
-
-
 def _own_metadata(name: str) -> dict[str, str | int]:
     return {"general.alignment": form.PAGE, form.VERSION_KEY: form.VERSION, form.SOURCE_KEY: name}
-
-
-def _value(value: str | int) -> bytes:
-    return _string(value) if isinstance(value, str) else struct.pack("<I", value)
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode("utf-8", "replace")
-    return struct.pack("<Q", len(raw)) + raw
 
 
 def _index(source: ModelFile, layout: _Layout, name: str) -> bytes:
@@ -270,7 +243,7 @@ def _pad(file: BinaryIO, to: int) -> None:
 @contextlib.contextmanager
 def _with_room(target: Path, file_bytes: int) -> Iterator[BinaryIO]:
     """Give a file to write that gets its name when it is complete. Raises `PackError` where the disk is full."""
-    _remove_leftovers(target)
+    remove_leftovers(target)
     free = free_bytes(target.absolute().parent)
     if free < file_bytes:
         raise PackError(
@@ -279,16 +252,6 @@ def _with_room(target: Path, file_bytes: int) -> Iterator[BinaryIO]:
         )
     with whole_or_nothing(target) as file:
         yield file
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove what packing to this name left when it was killed."""
-    import psutil
-
-    for path in target.parent.glob(f"{glob.escape(target.name)}.*{PARTIAL}"):
-        pid = path.name.removesuffix(PARTIAL).rpartition(".")[2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            path.unlink()
 
 
 def _hint(error: OSError) -> str:

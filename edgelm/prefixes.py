@@ -15,14 +15,15 @@ LEAST_TOKENS = 64
 """Shorter prefixes are computed faster than they are read."""
 
 
-def provide(conversation: Conversation, prefix: Sequence[int], identity: str, model: str) -> str:
+def provide(conversation: Conversation, prefix: Sequence[int], identity: str, model: str, kv: str) -> str:
     """Let the conversation store at least `prefix`: as it is, from flash, or computed and then kept.
 
+    `kv`: the types of its keys and values. What was kept in fewer bits is not taken for more, nor the other way round.
     Returns a sentence on what was written, or what is wrong with a kept file; empty if there is nothing to say.
     """
     if len(prefix) < LEAST_TOKENS or conversation.stores(prefix):
         return ""
-    path = kept.path_of(identity, prefix)
+    path = kept.path_of(f"{identity} {kv}", prefix)
     problem = ""
     if path.is_file():
         try:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 from edgelm.engine.logprobs import Watched
 from edgelm.engine.samples import Answer, answers, longest
 from edgelm.errors import Cancelled, ConfigError
-from edgelm.options import asked_for
+from edgelm.text.stops import StopMatcher
 from edgelm.usage import Sample
 
 if TYPE_CHECKING:
     from edgelm.engine.generate import Conversation
     from edgelm.model import Model
     from edgelm.options import Options
-    from edgelm.text.stops import StopMatcher
 
 
 def together(model: Model, conversation: Conversation, ids: Sequence[int], n: int, options: Options) -> list[Sample]:
@@ -30,18 +29,18 @@ def together(model: Model, conversation: Conversation, ids: Sequence[int], n: in
     seeds = [None if seed is None else seed + i for i in range(n)]
     if n == 1:
         return [_alone(model, ids, options)]
-    asked = [asked_for(_with(options, "seed", seed), model.tokenizer) for seed in seeds]
-    texts = [_Text(model, one.matcher) for one in asked]
-    most = longest(conversation.engine, len(ids), n, asked[0].max_tokens)
-    sampling = [model.sampler_of(one, len(ids)) for one in asked]
-    samplers, ends = [Watched(sampler, 0) for sampler, _ in sampling], sampling[0][1]
+    made = [model.sampling(_with(options, "seed", seed)) for seed in seeds]
+    stop, timeout_s = options.get("stop", ()), options.get("timeout_s")
+    texts = [_Text(model, [stop] if isinstance(stop, str) else tuple(stop)) for _ in range(n)]
+    most = longest(conversation.engine, len(ids), n, options.get("max_tokens"))
+    samplers = [Watched(make(len(ids)), 0) for make, _ in made]
     turn = model.turns.ask()
     found = [Answer(reason="cancelled") for _ in range(n)]
     try:
-        with model.turns.held(turn, asked[0].timeout_s):
+        with model.turns.held(turn, timeout_s):
             conversation.prefill(ids, lambda _: model.turns.breathe(turn))
             found = answers(
-                conversation, ids, samplers, most, ends,
+                conversation, ids, samplers, most, made[0][1],
                 breathe=lambda: model.turns.breathe(turn), is_over=lambda i, token: texts[i].feed(token),
             )  # fmt: skip
     except Cancelled:
@@ -74,8 +73,8 @@ def _with(options: Options, name: str, value: int | None) -> Options:
 class _Text:
     """The text of one answer, up to a stop string."""
 
-    def __init__(self, model: Model, matcher: StopMatcher) -> None:
-        self._matcher, self._decoder = matcher, model.tokenizer.incremental()
+    def __init__(self, model: Model, stops: Sequence[str]) -> None:
+        self._matcher, self._decoder = StopMatcher(stops), model.tokenizer.incremental()
         self._pieces: list[str] = []
 
     def feed(self, token: int) -> bool:

@@ -41,14 +41,24 @@ def form_of(json_schema: Mapping[str, Any] | bool | None, regex: str | None, gra
     matcher = _library().LLMatcher
     if json_schema is not None:
         try:
-            text = json.dumps(json_schema if isinstance(json_schema, bool) else dict(json_schema))
-            return str(matcher.grammar_from_json_schema(text, _JSON))
+            return str(matcher.grammar_from_json_schema(json.dumps(_object_of(json_schema)), _JSON))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"the JSON schema is no JSON object ({error}); check its quotes and commas") from error
     if regex is not None:
         return str(matcher.grammar_from_regex(regex))
     assert grammar is not None
     return str(matcher.grammar_from_lark(_as_lark(grammar)))
+
+
+def _object_of(json_schema: Any) -> dict[str, Any]:
+    """Return a schema as an object: the library sets its own options in it."""
+    if json_schema is False:
+        raise ConfigError("the JSON schema false allows no answer at all; give true, or an object")
+    if json_schema is True:
+        return {}
+    if not isinstance(json_schema, Mapping):
+        raise TypeError(f"it is a {type(json_schema).__name__}")
+    return dict(json_schema)
 
 
 def _as_lark(grammar: str) -> str:
@@ -166,4 +176,6 @@ def _sentence(message: str) -> str:
     said = "; ".join(lines[:3])[:300]
     if said.startswith("Unimplemented keys:"):
         return f"the JSON schema uses what is not supported: {said.partition(':')[2].strip()}; leave these keys out"
+    if said.startswith("oneOf constraints"):  # the library's advice is about an option of its own
+        return "the JSON schema uses oneOf with cases that may overlap, which is not supported; write anyOf"
     return f"the form of the answer makes no sense: {said}"

@@ -130,6 +130,14 @@ def _peer(text: str) -> str:
     help="Measure llama.cpp in turn with edgelm, under the same memory limit where the system allows: llama.cpp "
     "as it sets itself up, llama.cpp-plain without repacked copies of the weights.",
 )
+@click.option(
+    "--kv",
+    callback=_list_of("types", str),
+    default="f16",
+    show_default=True,
+    metavar="TYPE,...",
+    help="Types of keys and values in the cache, as in f16,q8_0,q8_0:q4_0; auto is what the budget needs.",
+)
 @simulate_option
 @click.option("-o", "--output", type=click.Choice(["md", "json", "csv"]), default="md", show_default=True)
 @click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
@@ -137,7 +145,7 @@ def _peer(text: str) -> str:
 def bench(models: tuple[str, ...], output: str, quiet: bool, offline: bool, **given: Any) -> int:
     """Measure speed as llama-bench does: tokens a second of prompts (pp) and of generation (tg), mean ± deviation.
 
-    Every combination of MODEL, budget, backend and threads is measured in a process of its own.
+    Every combination of MODEL, budget, backend, threads and type of the cache is measured in a process of its own.
     """
     from edgelm_apps.bench_run import rows_of
     from edgelm_apps.engine import find_model
@@ -172,7 +180,7 @@ def _tests(given: dict[str, Any]) -> list[BenchTest]:
 def _combinations(paths: list[Path], given: dict[str, Any]) -> list[Combination]:
     from edgelm_apps.bench_run import Combination
 
-    every = product(paths, given["memory"], given["backend"], given["threads"] or (None,))
+    every = product(paths, given["memory"], given["backend"], given["threads"] or (None,), given["kv"])
     return [Combination(*one, given["simulate"], given["against"]) for one in every]
 
 

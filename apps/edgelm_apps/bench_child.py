@@ -46,8 +46,9 @@ class Ours:
     def __init__(self, spec: dict[str, Any]) -> None:
         import edgelm
 
-        keys = ("memory", "backend", "threads", "context", "simulate")
-        self._model = edgelm.load(spec["model"], **{key: spec[key] for key in keys if spec.get(key) is not None})
+        keys = ("memory", "backend", "threads", "context", "kv", "simulate")
+        given = {key: spec[key] for key in keys if spec.get(key) is not None}
+        self._model = edgelm.load(spec["model"], **given, speculate=False)  # a token a pass, as llama-bench counts
         self.n_vocab = self._model.tokenizer.n_vocab
         self._peak_bytes = 0
 
@@ -56,6 +57,7 @@ class Ours:
         return {
             "backend": model.backend,
             "threads": model.threads,
+            "kv": plan.demand.kv,
             "budget_bytes": plan.budget_bytes,
             "simulated": plan.simulated,
         }

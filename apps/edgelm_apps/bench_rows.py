@@ -37,6 +37,7 @@ class Row:
     engine: str
     backend: str | None
     threads: int | None
+    kv: str | None
     memory: str
     budget_bytes: int | None
     limit: str | None
@@ -66,7 +67,8 @@ class Row:
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """Return a table in the manner of llama-bench; columns that say nothing are left out."""
-    header = ["model", "size", "params", "backend", "threads", "budget", "limit", "simulated", "test", "t/s", "peak"]
+    header = ["model", "size", "params", "backend", "threads", "kv"]
+    header += ["budget", "limit", "simulated", "test", "t/s", "peak"]
     cells = [_cells(row) for row in rows]
     shown = [i for i in range(len(header) + 1) if any(line[i] for line in cells)]
     table = [[(*header, "read/token")[i] for i in shown], *([line[i] for i in shown] for line in cells)]
@@ -94,6 +96,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _millions(row.params),
         row.backend or row.engine,
         str(row.threads or ""),
+        "" if row.kv in (None, "f16", "f32") else row.kv,
         budget if row.memory != "auto" else f"auto ({budget})" if budget else "auto",
         row.limit or "",
         row.simulated or "",

@@ -28,6 +28,7 @@ class Combination:
     memory: str
     backend: str
     threads: int | None
+    kv: str
     simulate: str | None
     peers: tuple[str, ...]
 
@@ -68,7 +69,7 @@ def _load(stack: ExitStack, combination: Combination, context: int, batch: int) 
     memory = None if combination.memory == "auto" else combination.memory
     limit_bytes = parse_size(memory) if memory and combination.peers else None
     spec: dict[str, Any] = {"model": str(combination.path), "threads": combination.threads, "context": context}
-    ours = {"memory": memory, "backend": combination.backend, "simulate": combination.simulate}
+    ours = {"memory": memory, "backend": combination.backend, "kv": combination.kv, "simulate": combination.simulate}
     sides = [_start(stack, "edgelm", spec | ours, limit_bytes)]
     if limit_bytes and sides[0].ended is not None:  # killed before it could say what it needs: outside it can
         free = _start(stack, "edgelm", spec | ours, None)
@@ -125,6 +126,7 @@ def _about(combination: Combination) -> Row:
         engine="edgelm",
         backend=combination.backend,
         threads=combination.threads,
+        kv=combination.kv,
         memory=combination.memory,
         budget_bytes=None if combination.memory == "auto" else parse_size(combination.memory),
         limit=None,
@@ -143,6 +145,7 @@ def _row(about: Row, side: _Side, test: BenchTest | None, compared: bool) -> Row
         engine=side.engine,
         backend=facts.get("backend", about.backend) if ours else None,
         threads=facts.get("threads", about.threads),
+        kv=facts.get("kv", about.kv) if ours else None,
         budget_bytes=facts.get("budget_bytes", about.budget_bytes),
         simulated=facts.get("simulated", about.simulated),
         limit=side.process.limit if side.process and compared else None,

@@ -26,6 +26,7 @@ COMMANDS = {
     "list": "edgelm_apps.models:list_models",
     "show": "edgelm_apps.show:show",
     "pack": "edgelm_apps.pack:pack",
+    "draft": "edgelm_apps.draft:draft",
     "rm": "edgelm_apps.models:rm",
     "backends": "edgelm_apps.device:backends",
     "doctor": "edgelm_apps.device:doctor",

@@ -46,7 +46,7 @@ def find_model(model: str, *, offline: bool, quiet: bool) -> Path:
 
 def find_draft(engine: dict[str, Any], *, offline: bool, quiet: bool) -> None:
     """Put the path of the draft model, if one is asked for, in the place of its name."""
-    if "draft" in engine:
+    if engine.get("draft", "auto") != "auto":
         engine["draft"] = find_model(engine["draft"], offline=offline, quiet=quiet)
 
 

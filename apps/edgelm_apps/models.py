@@ -35,16 +35,17 @@ def pull(name: str, as_json: bool, quiet: bool, offline: bool) -> None:
 @click.command("list")
 @json_option
 def list_models(as_json: bool) -> None:
-    """List the models here and in the catalogue, and what backends have prepared of them."""
+    """List the models here and in the catalogue, and what was made of them."""
     from edgelm.sizes import human
     from edgelm_apps.output import print_json, print_table
     from edgelm_models.cache import cache_dir
-    from edgelm_models.listing import listing, prefixes, prepared
+    from edgelm_models.listing import drafts, listing, prefixes, prepared
 
     models, files = listing(), [file._asdict() for file in prepared()]
-    kept = [prefix._asdict() for prefix in prefixes()]
+    kept, copies = [prefix._asdict() for prefix in prefixes()], [copy._asdict() for copy in drafts()]
     if as_json:
-        print_json({"cache": cache_dir(), "models": models, "prepared": files, "prefixes": kept})
+        made = {"prepared": files, "prefixes": kept, "drafts": copies}
+        print_json({"cache": cache_dir(), "models": models, **made})
         return
     rows = [
         (
@@ -72,17 +73,22 @@ def list_models(as_json: bool) -> None:
             for one in kept
         ]
         print_table(("system message of", "size", "tokens", "used", "where"), parts)
+    if copies:
+        click.echo()
+        lines = [(copy["model"], human(copy["size_bytes"]), copy["type"], str(copy["path"])) for copy in copies]
+        print_table(("low-bit copy of", "size", "type", "where"), lines)
 
 
 @click.command()
 @model_argument("name", required=False)
 @click.option("--prepared", is_flag=True, help="Only what backends prepared of NAME (also a path), or of all models.")
 @click.option("--prefixes", is_flag=True, help="Only the system messages that are kept, of all models.")
+@click.option("--drafts", is_flag=True, help="Only the low-bit copies of NAME (also a path), or of all models.")
 @quiet_option
-def rm(name: str | None, prepared: bool, prefixes: bool, quiet: bool) -> None:
+def rm(name: str | None, prepared: bool, prefixes: bool, drafts: bool, quiet: bool) -> None:
     """Remove a pulled model and what was derived from it."""
     from edgelm.sizes import human
-    from edgelm_models.cache import remove, remove_prefixes, remove_prepared
+    from edgelm_models.cache import remove, remove_drafts, remove_prefixes, remove_prepared
     from edgelm_models.pull import locate
 
     if prefixes:
@@ -90,10 +96,15 @@ def rm(name: str | None, prepared: bool, prefixes: bool, quiet: bool) -> None:
     elif prepared:
         what = f"what was prepared of {name or 'all models'}"
         freed = remove_prepared(locate(name) if name is not None else None)
+    elif drafts:
+        what = f"every low-bit copy of {name or 'all models'}"
+        freed = remove_drafts(locate(name) if name is not None else None)
     elif name is not None:
         what, freed = name, remove(name)
     else:
-        raise click.UsageError("name the model to remove, or clear what backends have prepared with --prepared")
+        raise click.UsageError(
+            "name the model to remove, or clear what was made of models: --prepared, --prefixes, --drafts"
+        )
     if not quiet:
         click.echo(f"{what} is removed: {human(freed)} are free again")
 

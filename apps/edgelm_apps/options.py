@@ -172,7 +172,7 @@ def speculation_options(command: F) -> F:
             metavar="MODEL",
             shell_complete=complete_model,
             help="A smaller model of the same vocabulary that guesses tokens, within the same budget; worth it where "
-            "weights are read from flash.",
+            "weights are read from flash. auto: the copy that `edgelm draft` made of the model.",
         ),
         click.option(
             "--no-speculate", is_flag=True, help="Compute one token after the other, instead of verifying guesses."

@@ -29,7 +29,7 @@ def plan(model: str, as_json: bool, **given: Any) -> None:
     from edgelm_models.pull import locate
 
     engine = engine_values(given)
-    if "draft" in engine:
+    if engine.get("draft", "auto") != "auto":
         engine["draft"] = locate(engine["draft"])
     made = edgelm.plan(locate(model), **engine)
     if as_json:

@@ -168,6 +168,8 @@ def _form(schema: Path | None, regex: str | None, grammar: Path | None) -> dict[
             form["json_schema"] = json.loads(_text_of(schema))
         except ValueError as error:
             raise click.UsageError(f"{schema} is not JSON: {error}") from error
+        if form["json_schema"] is None:  # to Python this is no form at all
+            raise click.UsageError(f"{schema} holds null, which is no JSON schema: give an object, true or false")
     if regex is not None:
         form["regex"] = regex
     if grammar is not None:

@@ -5,9 +5,16 @@ Importing this module loads no library; `probe` and `open` do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from edgelm.engine.backend import Availability, Capabilities, Session
 from edgelm.errors import BackendUnavailable
 from edgelm.files.ggml_types import TensorType
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _TYPES = (
     "F32",
@@ -67,6 +74,12 @@ class LlamaCppBackend:
         from edgelm_llamacpp.session import GgmlSession
 
         return GgmlSession(n_threads)
+
+    def rounding(self, kind: TensorType) -> Callable[[NDArray[np.float32]], NDArray[np.uint8]] | None:
+        """Return what rounds rows of numbers to this type, if ggml does; see `edgelm.engine.backend.Rounding`."""
+        from edgelm_llamacpp.rounding import rounding
+
+        return rounding(kind)
 
 
 BACKEND = LlamaCppBackend()

@@ -100,16 +100,17 @@ class Ggml:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         # PyDLL keeps the interpreter lock: building a graph is thousands of calls of under a microsecond
-        base = _open(ctypes.PyDLL, folder, "ggml-base")
-        cpu = _open(ctypes.PyDLL, folder, "ggml-cpu")
+        base = open_library(ctypes.PyDLL, folder, "ggml-base")
+        cpu = open_library(ctypes.PyDLL, folder, "ggml-cpu")
         for library, table in ((base, _BASE), (cpu, _CPU)):
             for name, (result, arguments) in table.items():
-                setattr(self, name, _function(library, name, result, arguments))
-        self._init = _function(base, "ggml_init", c_void_p, (_InitParams,))
-        self._plan = _function(cpu, "ggml_graph_plan", _Plan, (c_void_p, c_int, c_void_p))
+                setattr(self, name, function(library, name, result, arguments))
+        self._init = function(base, "ggml_init", c_void_p, (_InitParams,))
+        self._plan = function(cpu, "ggml_graph_plan", _Plan, (c_void_p, c_int, c_void_p))
         self.version: str = _version(base)
         # CDLL releases it: reader threads run beside the computation
-        self.compute = _function(_open(ctypes.CDLL, folder, "ggml-base"), "ggml_backend_graph_compute", c_int, (_P, _P))
+        freeing = open_library(ctypes.CDLL, folder, "ggml-base")
+        self.compute = function(freeing, "ggml_backend_graph_compute", c_int, (_P, _P))
         self.tensor_bytes: int = self.ggml_tensor_overhead()
         self.data_offset = self._find_data_offset()
 
@@ -191,7 +192,8 @@ def _folders() -> Iterator[Path]:
     yield from map(Path, ("/opt/homebrew/lib", "/usr/local/lib", "/usr/lib"))
 
 
-def _open(loader: Any, folder: Path, name: str) -> Any:
+def open_library(loader: Any, folder: Path, name: str) -> Any:
+    """Return the library of this name (without "lib" and ending) in a folder. Raises `OSError` if it is not there."""
     patterns = {"darwin": (f"lib{name}.dylib", f"lib{name}.*.dylib"), "win32": (f"{name}.dll", f"lib{name}.dll")}
     for pattern in patterns.get(sys.platform, (f"lib{name}.so", f"lib{name}.so.*", f"lib{name}-*.so")):
         for path in sorted(folder.glob(pattern)):
@@ -199,7 +201,8 @@ def _open(loader: Any, folder: Path, name: str) -> Any:
     raise OSError(f"{name} is missing")
 
 
-def _function(library: Any, name: str, result: Any, arguments: tuple[Any, ...]) -> Any:
+def function(library: Any, name: str, result: Any, arguments: tuple[Any, ...]) -> Any:
+    """Return a function of a library with its types set. Raises `AttributeError` if the library has none so called."""
     function = getattr(library, name)
     function.restype, function.argtypes = result, arguments
     return function
@@ -207,6 +210,6 @@ def _function(library: Any, name: str, result: Any, arguments: tuple[Any, ...]) 
 
 def _version(base: Any) -> str:
     try:
-        return f"ggml {(_function(base, 'ggml_version', c_char_p, ())() or b'').decode()}"
+        return f"ggml {(function(base, 'ggml_version', c_char_p, ())() or b'').decode()}"
     except AttributeError:  # before 0.9 it does not say
         return "ggml of unknown version"

@@ -270,7 +270,7 @@ class _Lowering:
             return
         # rows that are verified attend one by one, as in passes of one: products of several at once add up in another
         # order, and 8-bit activations can make half a logit of that
-        apart = self.shape.n_outputs == n_tokens > 1
+        apart = self.shape.verified and n_tokens > 1
         if apart:
             q = self._view(g.ggml_reshape_4d(ctx, source, spec.head_dim_k, 1, spec.n_heads, n_tokens), source)
             length = self.shape.groups[spec.group].length

@@ -13,13 +13,11 @@ from numpy.typing import NDArray
 
 from edgelm.engine.backend import is_quantized, vector_bytes
 from edgelm.engine.ir import AttendSpec, EncodeSpec
-from edgelm.files.blocks import Floats, dequantize
-from edgelm.files.ggml_types import TensorType
-from edgelm.files.quantize import to_q4_0, to_q8_0
+from edgelm.files.blocks import Floats
+from edgelm.files.quantize import from_blocks, to_blocks
 from edgelm.memory.cache_layout import Item
 from edgelm_numpy.frame import Frame, Site, Step, at
 
-_TYPES = {"q8_0": TensorType.Q8_0, "q4_0": TensorType.Q4_0}
 SCORES = 1 << 17
 """Scores that a lane keeps (512 KiB), if a single row of queries does not need more."""
 PLACES = 512
@@ -134,8 +132,7 @@ class _Cache:
         if self._turned:
             self._cells[:, :, places] = new.transpose(1, 2, 0)
         elif is_quantized(self._item):
-            to_blocks = to_q8_0 if self._item == "q8_0" else to_q4_0
-            self._cells[:, places] = to_blocks(np.ascontiguousarray(new)).transpose(1, 0, 2)
+            self._cells[:, places] = to_blocks(self._item, new).transpose(1, 0, 2)
         else:
             self._cells[:, places] = new.transpose(1, 0, 2)
 
@@ -148,7 +145,7 @@ class _Cache:
             return across.T
         rows = wide.reshape(stop - first, self._dim)
         if is_quantized(self._item):
-            return dequantize(_TYPES[self._item], self._cells[head, first:stop], rows)
+            return from_blocks(self._item, self._cells[head, first:stop], rows)
         rows[...] = self._cells[head, first:stop]
         return rows
 

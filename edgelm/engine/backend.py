@@ -5,7 +5,7 @@ Importing a backend's module must not import its heavy library: `probe` and `ope
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 from edgelm.engine.ir import Segment, Weight
 from edgelm.files.ggml_types import TensorType
@@ -14,6 +14,12 @@ from edgelm.files.model import TensorInfo
 from edgelm.memory.cache_layout import CacheLayout as CacheLayout
 from edgelm.memory.cache_layout import is_quantized as is_quantized
 from edgelm.memory.cache_layout import vector_bytes as vector_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Availability(NamedTuple):
@@ -98,6 +104,8 @@ class PassShape(NamedTuple):
     groups: tuple[CacheGroup, ...]
     tree: bool = False
     cache: CacheLayout = CacheLayout()
+    verified: bool = False
+    """Rows are compared with what passes of one token give: a backend that can gives them the same bits."""
 
     def rows(self, per: str) -> int:
         return self.n_tokens if per == "token" else self.n_outputs
@@ -212,6 +220,17 @@ class HasLayout(Protocol):
 def layout_of(backend: Backend) -> WeightLayout | None:
     """Return the layout that a backend wants its matrices in; None: as in the file."""
     return backend.layout() if isinstance(backend, HasLayout) else None
+
+
+@runtime_checkable
+class Rounding(Protocol):
+    """A backend whose library also rounds weights to types of few bits."""
+
+    def rounding(self, kind: TensorType) -> Callable[[NDArray[np.float32]], NDArray[np.uint8]] | None:
+        """Return what turns rows of numbers [n, width] into their bytes [n, bytes of a row]; None: not of this type.
+
+        The width is a whole number of blocks. Loads the library; raises `BackendUnavailable`.
+        """
 
 
 class GraphBuffers(NamedTuple):

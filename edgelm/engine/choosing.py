@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from edgelm.engine.cache_types import lacking
 from edgelm.engine.children import can_start, run_child
 from edgelm.engine.health import ORACLE, check
 from edgelm.engine.ranking import Seen, rank_of, reasons_of
@@ -151,17 +152,18 @@ def _ranked(file: ModelFile, asked: Asked, everything: bool = False) -> list[See
     Only what decides is measured: the oracle where no other keeps the budget, and nothing at all where a single other
     one works and the budget is ample. `everything`: all that works, and simulated ones too.
     """
-    seen = [_look(name, file) for name in _names()]
+    kv = asked.wishes.kv
+    seen = [_look(name, file, kv) for name in _names()]
     real = [one for one in seen if not one.why_not and not one.simulated]
     spare = asked.budget_bytes - current_platform().rss_bytes()
     tight = ROOMY * sum(file.file_bytes) > spare
     weigh = _weigher(file, asked, spare) if can_start() else lambda one: one
     if everything:
-        seen = [one if one.why_not else weigh(one) for one in (*seen, _look(ORACLE, file))]
+        seen = [one if one.why_not else weigh(one) for one in (*seen, _look(ORACLE, file, kv))]
     elif len(real) > 1 or tight:
         seen = [weigh(one) if one in real else one for one in seen]
     if not everything and not any(one.fits and not one.simulated for one in seen):
-        oracle = _look(ORACLE, file)  # 5 ms, else spared
+        oracle = _look(ORACLE, file, kv)  # 5 ms, else spared
         seen.append(weigh(oracle) if tight and not oracle.why_not else oracle)
     return sorted(seen, key=rank_of(seen))
 
@@ -172,8 +174,8 @@ def _names() -> Iterator[str]:
     yield from (name for name in names if name not in ORDER and name != ORACLE)
 
 
-def _look(name: str, file: ModelFile) -> Seen:
-    """See what can be seen without loading a library: health, and the types of the tensors."""
+def _look(name: str, file: ModelFile, kv: str) -> Seen:
+    """See what can be seen without loading a library: health, and the types of the tensors and of the cache."""
     verdict = check(name)
     if not verdict.available:
         return Seen(name, verdict, why_not=verdict.reason, broken=verdict.broken)
@@ -181,6 +183,8 @@ def _look(name: str, file: ModelFile) -> Seen:
     types = {info.type for info in file.tensors.values() if info.n_rows > 1}
     missing = {kind for kind in types if kind not in can.types and _held(kind) not in can.types}
     why_not = f"it does not compute {', '.join(sorted(kind.name for kind in missing))}" if missing else ""
+    if not why_not and (other := lacking(kv, can)):
+        why_not = f"it {other}"
     return Seen(name, verdict, can.simulated, why_not)
 
 

@@ -169,7 +169,7 @@ class Demands(Sequence[Demand]):
             reserve_bytes=RESERVE_BYTES
             + GRAPH_BYTES_PER_OP * len(model.trace.ops) // 4 * most_shapes(self._n_rows) // most_shapes(1)
             + copies * model.n_vocab * FLOAT_BYTES,
-            kv=_types_of(self._cache),
+            kv=_types_of(self._cache) if any(layer.n_kv_heads for layer in model.layers) else "f16",
             draft_bytes=self._draft_bytes,
             n_rows=self._n_rows,
             spill=spill,

@@ -136,30 +136,44 @@ def prepare(
     budget that works. If the caller left the context open it is halved, down to 512, before the budget is refused.
     Of several types that keys and values may have, the first is taken with which nothing has to be given up.
     """
+    rest = (file, backend, session, request, process_bytes, rates, pattern)
+    return of_some_types(file, backend, request, partial(_prepare, *rest))
+
+
+def of_some_types(
+    file: ModelFile, backend: Backend, request: Request, prepare_with: Callable[[CacheLayout], Prepared]
+) -> Prepared:
+    """Return what `prepare_with` makes of the first types of keys and values with which nothing has to be given up.
+
+    Raises `BudgetTooSmall` if none fits, with the smallest budget that works.
+    """
     context = request.context or default_context(file)
 
     def layers() -> tuple[LayerCache, ...]:
         trace = record(get_architecture(file.architecture), file, context)
         return describe(trace, file.tensors, file.gathered).layers
 
+    def given_up(one: Prepared) -> tuple[bool, int, bool]:
+        # where weights are streamed anyway, 8 bits are worth what they cost; what goes to flash is f16
+        usual = ("f16", "f16") if one.spilling else ("q8_0", "q8_0")
+        return one.spilling is not None, -one.plan.context, one.cache.items != usual
+
     found: list[Prepared] = []
     refused: list[BudgetTooSmall] = []
     for cache in layouts_for(request.kv, backend, layers):
         try:
-            sized = cache._replace(windows=request.parallel)
-            prepared = _prepare(file, backend, session, request, process_bytes, rates, pattern, sized)
+            prepared = prepare_with(cache._replace(windows=request.parallel))
         except BudgetTooSmall as exc:
             refused.append(exc)
             continue
-        if not prepared.plan.streamed and prepared.spilling is None and prepared.plan.context == context:
+        plan = prepared.plan
+        streamed = plan.streamed or (plan.prompts is not None and plan.prompts.streamed)
+        if not streamed and prepared.spilling is None and plan.context == context:
             return prepared
         found.append(prepared)
     if not found:
         raise min(refused, key=lambda exc: exc.needed_bytes)
-    # where something is given up anyway, 8 bits are worth what they cost
-    return min(
-        found, key=lambda one: (one.spilling is not None, -one.plan.context, one.cache.items != ("q8_0", "q8_0"))
-    )
+    return min(found, key=given_up)
 
 
 def _prepare(

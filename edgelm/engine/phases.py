@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from edgelm.engine import demand
 from edgelm.engine.architecture import record
 from edgelm.engine.backend import Adopting, Backend, CacheLayout, Session
+from edgelm.engine.cache_types import layout_like
 from edgelm.engine.demand import Demands, Model, describe
 from edgelm.engine.drafted_rows import most_rows
 from edgelm.engine.forward import Engine
@@ -27,6 +28,7 @@ from edgelm.engine.loading import (
     check_types,
     default_context,
     least_plan,
+    of_some_types,
     settle,
 )
 from edgelm.engine.loading import build as build_one
@@ -82,25 +84,32 @@ def prepare(answers: Phase, request: Request, process_bytes: int, prompts: Phase
     """Record the model and plan its memory, as `loading.prepare` does, with a backend of their own for the prompts."""
     if prompts is None:
         return prepare_one(*answers[:3], request, process_bytes, *answers[3:])
-    context = request.context or default_context(answers.file)
-    while True:
-        try:
-            return _prepare_at(answers, prompts, request, process_bytes, context)
-        except BudgetTooSmall:
-            if request.context is not None or context <= 512:
-                raise
-            context //= 2
+
+    def prepare_with(cache: CacheLayout) -> Prepared:
+        context = request.context or default_context(answers.file)
+        while True:
+            try:
+                return _prepare_at(answers, prompts, request, process_bytes, context, cache)
+            except BudgetTooSmall:
+                if request.context is not None or context <= 512:
+                    raise
+                context //= 2
+
+    return of_some_types(answers.file, answers.backend, request, prepare_with)
 
 
-def _prepare_at(answers: Phase, prompts: Phase, request: Request, process_bytes: int, context: int) -> Prepared:
+def _prepare_at(
+    answers: Phase, prompts: Phase, request: Request, process_bytes: int, context: int, cache: CacheLayout
+) -> Prepared:
+    """`cache`: that of the answers; the prompts' is of the same types if their backend has them."""
     architecture, parts = get_architecture(answers.file.architecture), []
     for phase in (answers, prompts):
         trace, can = record(architecture, phase.file, context), phase.backend.capabilities()
         trace = trace if phase is answers else until_cached(trace)
         model = describe(trace, phase.file.tensors, phase.file.gathered)
         check_types(model, phase.backend)
-        cache = can.cache._replace(windows=request.parallel)
-        parts.append(_Part(model, phase.session, cache, phase.rates, can.streams))
+        own = cache if phase is answers else layout_like(can, cache.items)._replace(windows=cache.windows)
+        parts.append(_Part(model, phase.session, own, phase.rates, can.streams))
     widest = next((chunk for chunk in demand.CHUNKS if chunk <= context), demand.CHUNKS[-1])
     plan = _planned(parts[0], parts[1], context, widest, process_bytes, request, request.budget_bytes)
     assert plan.prompts is not None

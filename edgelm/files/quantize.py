@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.files.blocks import dequantize
+from edgelm.files.ggml_types import TensorType
+
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 _BLOCK = 32
@@ -36,3 +39,13 @@ def to_q4_0(values: Floats) -> Bytes:
     out[:, :2] = scale.astype(np.float16).view(np.uint8)
     out[:, 2:] = codes[:, :16] | codes[:, 16:] << 4
     return out.reshape(*values.shape[:-1], -1)
+
+
+def to_blocks(item: str, values: Floats) -> Bytes:
+    """Round to the type "q8_0" or "q4_0". What `from_blocks` returned comes back as it was, to the number."""
+    return (to_q8_0 if item == "q8_0" else to_q4_0)(np.ascontiguousarray(values))
+
+
+def from_blocks(item: str, blocks: Bytes, out: Floats | None = None) -> Floats:
+    """Return rows of blocks [rows, bytes] of the type "q8_0" or "q4_0" as float32 [rows, n], in `out` if given."""
+    return dequantize(TensorType.Q8_0 if item == "q8_0" else TensorType.Q4_0, blocks, out)

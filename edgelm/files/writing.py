@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,6 +30,16 @@ def whole_or_nothing(target: Path) -> Iterator[BinaryIO]:
             os.unlink(partial)
         raise
     _sync_folder(target.absolute().parent)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what processes that were killed left when they wrote a file of this name."""
+    import psutil
+
+    for path in target.parent.glob(f"{glob.escape(target.name)}.*{PARTIAL}"):
+        pid = path.name.removesuffix(PARTIAL).rpartition(".")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            path.unlink(missing_ok=True)
 
 
 def free_bytes(folder: Path) -> int:

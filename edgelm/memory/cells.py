@@ -7,14 +7,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.files.blocks import dequantize
-from edgelm.files.ggml_types import TensorType
-from edgelm.files.quantize import to_q4_0, to_q8_0
+from edgelm.files.quantize import from_blocks, to_blocks
 from edgelm.memory.buffer import Buffer
 from edgelm.memory.cache_layout import Item, is_quantized, vector_bytes
 
 _DTYPES: dict[str, Any] = {"f32": np.float32, "f16": np.float16}
-_TYPES = {"q8_0": TensorType.Q8_0, "q4_0": TensorType.Q4_0}
 _MOVED_BYTES = 1 << 18
 """What is moved at a time when places are added: memory that nobody planned."""
 
@@ -58,15 +55,12 @@ class Cells:
         found = self._view()[:, places].transpose(1, 0, 2)
         if is_quantized(self.item):
             rows = np.ascontiguousarray(found).reshape(len(places) * self._heads, -1)
-            return dequantize(_TYPES[self.item], rows).reshape(len(places), self._heads, self._dim)
+            return from_blocks(self.item, rows).reshape(len(places), self._heads, self._dim)
         return found.astype(np.float32)
 
     def put(self, places: NDArray[np.int64], numbers: NDArray[np.float32]) -> None:
         """Store float32 [n, heads, dimension], rounded to this type."""
-        if is_quantized(self.item):
-            rounded: NDArray[Any] = (to_q8_0 if self.item == "q8_0" else to_q4_0)(np.ascontiguousarray(numbers))
-        else:
-            rounded = numbers
+        rounded: NDArray[Any] = to_blocks(self.item, numbers) if is_quantized(self.item) else numbers
         with np.errstate(over="ignore"):  # as in a backend that stores such numbers itself
             self._view()[:, places] = rounded.transpose(1, 0, 2)
 

@@ -2,6 +2,7 @@
 
 magic, length of the header, header (JSON: version, whose, which layers, how many positions), the ids, then layer by
 layer the keys and the values of 128 positions at a time as [position, head, dimension], and a checksum of all of it.
+Quantized ones are written as their blocks, so that nothing is rounded twice.
 """
 
 from __future__ import annotations
@@ -15,24 +16,29 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from edgelm.files.errors import DamagedCache
+from edgelm.files.quantize import from_blocks, to_blocks
 from edgelm.files.writing import whole_or_nothing
 from edgelm.memory.arena import KVArena, LayerCache
+from edgelm.memory.cache_layout import BLOCK, ITEMS, Item, is_quantized, vector_bytes
 from edgelm.memory.uncached import uncached
 
-MAGIC, VERSION = b"edgelmKV", 1
+MAGIC, VERSION = b"edgelmKV", 2
 _BLOCK = 128
 _MOST_HEADER = 1 << 20
-_DTYPES: dict[str, np.dtype[Any]] = {"f16": np.dtype("<f2"), "f32": np.dtype("<f4")}
+_FLOATS: dict[str, np.dtype[Any]] = {"f16": np.dtype("<f2"), "f32": np.dtype("<f4")}
 
 
 class Saved(NamedTuple):
-    """The beginning of such a file. `firsts`: the first stored position of each layer, which rings have forgotten."""
+    """The beginning of such a file.
+
+    `firsts`: the first stored position of each layer, which rings have forgotten. `items`: types of keys and values.
+    """
 
     identity: str
     ids: tuple[int, ...]
     layers: tuple[LayerCache, ...]
     firsts: tuple[int, ...]
-    item: str
+    items: tuple[Item, Item]
 
 
 class _Checked:
@@ -57,19 +63,20 @@ class _Checked:
 
 def save(path: Path, arena: KVArena, ids: Sequence[int], identity: str) -> int:
     """Write what the cache stores of `ids`, which is all of it; return the bytes. `identity`: of the model."""
-    item = "f32" if arena.layout.item == "f32" else "f16"
-    layers, n = arena.layers, arena.n_past
+    layers, n, items = arena.layers, arena.n_past, arena.layout.items
     assert n == len(ids), "every stored position has an id"
     firsts = [int(n - len(arena.held(layer))) for layer in range(len(layers))]
-    header = {"version": VERSION, "identity": identity, "n": n, "layers": layers, "firsts": firsts, "item": item}
+    header = {"version": VERSION, "identity": identity, "n": n, "layers": layers, "firsts": firsts, "items": items}
     text = json.dumps(header).encode()
     with whole_or_nothing(path) as raw:
         file = _Checked(path, raw)
         file.write(MAGIC + struct.pack("<I", len(text)) + text + np.asarray(ids, "<i4").tobytes())
         for layer, first_held in enumerate(firsts):
             for first in range(first_held, n, _BLOCK):
-                for numbers in arena.export(layer, first, min(_BLOCK, n - first)):
-                    file.write(numbers.astype(_DTYPES[item]).tobytes())
+                pair = arena.export(layer, first, min(_BLOCK, n - first))
+                for item, numbers in zip(items, pair, strict=True):
+                    quantized = is_quantized(item)
+                    file.write((to_blocks(item, numbers) if quantized else numbers.astype(_FLOATS[item])).tobytes())
         raw.write(file.sum.digest())
         return raw.tell()
 
@@ -108,15 +115,20 @@ def load(path: Path, arena: KVArena, identity: str) -> tuple[int, ...]:
 
 
 def _read_layer(file: _Checked, arena: KVArena, layer: int, first_held: int, head: Saved) -> None:
-    facts, n, dtype = head.layers[layer], len(head.ids), _DTYPES[head.item]
+    facts, n = head.layers[layer], len(head.ids)
     held = arena.held(layer)
     least = int(held[0]) if len(held) else n  # a narrower ring has no place for the oldest
     for first in range(first_held, n, _BLOCK):
         count = min(_BLOCK, n - first)
         pair = []
-        for dim in (facts.head_dim_k, facts.head_dim_v):
-            data = file.read(count * facts.n_kv_heads * dim * dtype.itemsize)
-            pair.append(np.frombuffer(data, dtype).reshape(count, facts.n_kv_heads, dim).astype(np.float32))
+        for item, dim in zip(head.items, (facts.head_dim_k, facts.head_dim_v), strict=True):
+            n_rows = count * facts.n_kv_heads
+            data = file.read(n_rows * vector_bytes(item, dim))
+            if is_quantized(item):
+                numbers = from_blocks(item, np.frombuffer(data, np.uint8).reshape(n_rows, -1))
+            else:
+                numbers = np.frombuffer(data, _FLOATS[item]).astype(np.float32)
+            pair.append(numbers.reshape(count, facts.n_kv_heads, dim))
         skipped = min(max(least - first, 0), count)
         if skipped < count:
             arena.import_(layer, first + skipped, pair[0][skipped:], pair[1][skipped:])
@@ -134,15 +146,18 @@ def _head(file: _Checked) -> Saved:
         header: dict[str, Any] = json.loads(file.read(n_bytes))
         if header["version"] != VERSION:
             raise DamagedCache(file.path, f"it is of version {header['version']}, and this edgelm reads {VERSION}")
-        n, item = int(header["n"]), str(header["item"])
+        n, known = int(header["n"]), {str(item): item for item in ITEMS}
+        keys, values = (known[item] for item in header["items"])
         layers = tuple(LayerCache(*map(int, layer)) for layer in header["layers"])
         firsts = tuple(map(int, header["firsts"]))
-        if not 0 <= n <= 1 << 24 or item not in _DTYPES or len(firsts) != len(layers):
+        if not 0 <= n <= 1 << 24 or len(firsts) != len(layers):
             raise DamagedCache(file.path, "its header makes no sense")
-        if not all(0 <= first <= n for first in firsts):
+        dims = [(item, dim) for layer in layers for item, dim in zip((keys, values), layer[3:], strict=True)]
+        uneven = any(is_quantized(item) and dim % BLOCK for item, dim in dims)
+        if uneven or not all(0 <= first <= n for first in firsts):
             raise DamagedCache(file.path, "its header makes no sense")
         identity = str(header["identity"])
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedCache(file.path, "its header makes no sense") from error
     ids = np.frombuffer(file.read(4 * n), "<i4")
-    return Saved(identity, tuple(ids.tolist()), layers, firsts, item)
+    return Saved(identity, tuple(ids.tolist()), layers, firsts, (keys, values))

@@ -168,15 +168,15 @@ def _read_manifest(folder: Path) -> CachedModel | None:
 
 
 def _remove_derived(model: CachedModel) -> int:
-    """Delete the tokenizer tables and the prepared files that were made of the model."""
-    from edgelm.files import prepared
+    """Delete the tokenizer tables, the prepared files and the low-bit copies that were made of the model."""
+    from edgelm.files import drafts, prepared
     from edgelm.text.cache import default_folder
 
     try:
         key = _fingerprint(model.path)
     except EdgeLMError:
         return 0  # what cannot be read left nothing
-    freed = prepared.remove(key)
+    freed = prepared.remove(key) + drafts.remove(key)
     for tables in default_folder().glob(f"{key}-*.tables"):
         freed += tables.stat().st_size
         tables.unlink()
@@ -198,6 +198,16 @@ def remove_prepared(path: Path | None = None) -> int:
     from edgelm.files import prepared
 
     return prepared.remove(_fingerprint(path) if path is not None else "")
+
+
+def remove_drafts(path: Path | None = None) -> int:
+    """Remove the low-bit copies of the model at `path`, or of all models; return the bytes freed.
+
+    Raises what opening a model raises.
+    """
+    from edgelm.files import drafts
+
+    return drafts.remove(_fingerprint(path) if path is not None else "")
 
 
 def _fingerprint(path: Path) -> str:

@@ -9,6 +9,7 @@ from edgelm_models import cache
 from edgelm_models.catalogue import CATALOGUE
 
 if TYPE_CHECKING:
+    from edgelm.files.drafts import DraftFile
     from edgelm.files.kept import KeptPrefix
     from edgelm.files.prepared import PreparedFile
 
@@ -50,5 +51,12 @@ def prefixes() -> list[KeptPrefix]:
 def prepared() -> list[PreparedFile]:
     """Return what backends have prepared of models, what was used last first."""
     from edgelm.files.prepared import listing
+
+    return listing()
+
+
+def drafts() -> list[DraftFile]:
+    """Return the low-bit copies that were made of models."""
+    from edgelm.files.drafts import listing
 
     return listing()

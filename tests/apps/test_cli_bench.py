@@ -20,13 +20,19 @@ from edgelm_apps.bench_sides import Ended, Process
 FAST = ("--backend", "numpy", "--threads", "1", "-p", "8", "-n", "4", "-r", "2")
 ABOUT: dict[str, Any] = {
     "model": "tiny", "size_bytes": 1_500_000, "params": 2_000_000, "engine": "edgelm", "backend": "numpy",
-    "threads": 1, "memory": "auto", "budget_bytes": None, "limit": None, "simulated": None, "test": None,
+    "threads": 1, "kv": "f16", "memory": "auto", "budget_bytes": None, "limit": None, "simulated": None, "test": None,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf", "llama"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Heads wide enough to be cut into blocks."""
+    return str(tiny_model(tmp_path_factory.mktemp("wide") / "wide.gguf", "llama", head_dim=32))
 
 
 class Recorder:
@@ -118,6 +124,16 @@ def test_a_simulated_device_is_in_every_row(edgelm_command, tiny):
     assert "| simulated |" in header
     assert all("| pi4-sd " in line for line in lines)
     assert len(lines) == 1
+
+
+def test_every_type_of_the_cache_has_rows(edgelm_command, wide):
+    result = edgelm_command("bench", wide, *FAST, "-p", "0", "--memory", "200MB", "--kv", "f16,q8_0:q4_0")
+    header, _, plain, small = result.out.splitlines()
+    at = [cell.strip() for cell in header.split("|")].index("kv")
+    assert [line.split("|")[at].strip() for line in (plain, small)] == ["", "q8_0:q4_0"]
+    refused = edgelm_command("bench", wide, *FAST, "--kv", "q5")
+    assert (refused.code, refused.out) == (2, "")
+    assert "unknown type 'q5' of keys and values" in refused.err
 
 
 @pytest.mark.parametrize(

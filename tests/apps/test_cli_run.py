@@ -114,6 +114,31 @@ def test_mistakes_exit_2(edgelm_command, engine, model_file, argv, fact):
     assert fact in result.err
 
 
+@pytest.mark.parametrize(
+    ("content", "fact"),
+    [("null", "holds null, which is no JSON schema"), ("{", "is not JSON"), (None, "cannot be read")],
+)
+def test_a_schema_file_that_holds_none_is_refused(edgelm_command, engine, model_file, tmp_path, content, fact):
+    schema = tmp_path / "schema.json"
+    if content is not None:
+        schema.write_text(content)
+    result = edgelm_command("run", model_file, "x", "--json-schema", str(schema))
+    assert result.code == 2
+    assert fact in result.err
+    assert not engine
+
+
+def test_forms_reach_the_engine(edgelm_command, engine, model_file, tmp_path):
+    schema, grammar = tmp_path / "schema.json", tmp_path / "answer.gbnf"
+    schema.write_text('{"type": "string"}')
+    grammar.write_text('root ::= "yes"')
+    edgelm_command("run", model_file, "x", "--json-schema", str(schema))
+    edgelm_command("run", model_file, "x", "--grammar", str(grammar))
+    edgelm_command("run", model_file, "x", "--regex", "a+")
+    asked = [one.asked[0][1] for one in engine]
+    assert asked == [{"json_schema": {"type": "string"}}, {"grammar": 'root ::= "yes"'}, {"regex": "a+"}]
+
+
 def test_stdin_that_is_not_text(edgelm_command, engine, model_file):
     result = edgelm_command("run", model_file, stdin=b"\xff\xfe")
     assert result.code == 2

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from edgelm.engine.architecture import record
 from edgelm.engine.folders import open_folder
 from edgelm.engine.loading import open_path
-from edgelm.engine.registry import ARCHITECTURES, get_architecture
+from edgelm.engine.registry import get_architecture
 from edgelm.errors import EdgeLMError, ModelFileError, UnsupportedModel
 from edgelm.files import BadHeader, BadTensor, DuplicatePart, MismatchedPart, MissingPart, NotAModelFile, TruncatedFile
 from edgelm.testing import tiny_folder
+from edgelm.testing.tiny import ARCHITECTURES
 from edgelm.testing.tiny_folder import write_safetensors
 from edgelm.text.tokenizer import load_tokenizer
 

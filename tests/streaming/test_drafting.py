@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,48 @@ def test_a_draft_can_be_cancelled_and_left_out_of_an_answer(both: edgelm.Model) 
     expected, usage = answer(both, speculate=False)
     assert usage.drafted_tokens == 0
     assert answer(both)[0] == expected
+
+
+def test_a_low_bit_copy_is_found_and_drafts(files: dict[str, Path]) -> None:
+    with load(files["llama"], draft="auto") as model:
+        assert any("there is no low-bit copy of llama.gguf" in note for note in model.notes)
+        assert model.plan.demand.draft_bytes == 0
+        expected, _ = answer(model, speculate=False)
+    edgelm.draft_copy(files["llama"])
+    with load(files["llama"], draft="auto") as model:
+        assert any("draft model" in note and "resident" in note for note in model.notes)
+        found, usage = answer(model)
+    assert found == expected
+    assert usage.drafted_tokens > 0
+
+
+def test_a_draft_that_would_cost_more_reads_than_it_saves_passes_is_dropped(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the budget for a draft as large as the model: far more is read, and wide passes are not free."""
+    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e7, wide_bytes_per_s=1e7))
+    options = {"memory": floor_of(files["large"]) + 20_000_000, "spill": False}
+    with load(files["large"], **options) as model:
+        assert model.plan.streamed
+    with load(files["large"], draft=files["llama"], **options) as model:
+        assert model.plan.demand.draft_bytes == 0
+        assert any("it would slow the model down" in note for note in model.notes)
+
+
+def test_reads_for_the_next_pass_go_on_while_the_draft_guesses(files: dict[str, Path]) -> None:
+    with load(files["large"], memory=floor_of(files["large"]) + 16_000_000, draft=files["llama"]) as model:
+        assert model.plan.streamed
+        assert model._draft is not None
+        engine, step, idle = model._engine, model._draft.forward, []
+
+        def watched(*given: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            while len(engine.window._ahead) < engine.plan.n_slots and time.perf_counter() - began < 5:
+                time.sleep(0.001)
+            idle.append(len(engine.window._ahead) < engine.plan.n_slots)
+            return step(*given, **named)
+
+        model._draft.forward = watched  # type: ignore[method-assign]
+        assert len(list(model.stream_ids(IDS, max_tokens=12, ignore_eos=True))) > 12
+    assert idle
+    assert not any(idle)

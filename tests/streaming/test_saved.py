@@ -81,7 +81,25 @@ def test_other_types_take_over_what_is_saved(models: dict[str, Path], tmp_path: 
         found, cached = tokens(model, IDS)
         assert cached == len(IDS) - 1
         assert found[0] == expected[0]
+        own, _ = tokens(model, IDS)
         model.save_cache(tmp_path / "b.kv")
+        stored = model._engine.arena.export(0, 0, len(IDS))
+    assert (tmp_path / "b.kv").stat().st_size < 0.6 * (tmp_path / "a.kv").stat().st_size
+    with load(models["llama"], kv="q8_0") as model:
+        model.load_cache(tmp_path / "b.kv")
+        for ours, theirs in zip(model._engine.arena.export(0, 0, len(IDS)), stored, strict=True):
+            assert np.array_equal(ours, theirs)
+        assert tokens(model, IDS)[0] == own
+
+
+def test_a_kept_prefix_is_not_taken_for_one_of_more_bits(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGELM_CACHE", str(tmp_path))
+    for kv, n_kept in (("q4_0", 1), ("q4_0", 1), ("f16", 2)):
+        with load(models["llama"], kv=kv, context=1024) as model:
+            list(model.chat(SYSTEM, keep=True).stream("hello", max_tokens=2, ignore_eos=True))
+        assert len(kept.listing()) == n_kept
 
 
 def test_damaged_and_foreign_files_are_refused_and_nothing_is_lost(

@@ -52,7 +52,7 @@ class Fakes:
         self.capabilities[name] = Capabilities(types, simulated=simulated)
         self.weights[name] = Weighed(**{"planned_bytes": 50 * MB, **plan})
 
-    def look(self, name, file):
+    def look(self, name, file, kv):
         verdict, can = self.verdicts[name], self.capabilities[name]
         missing = sorted(kind.name for kind in {TensorType.Q8_0} - can.types)
         why_not = verdict.reason or (f"it does not compute {', '.join(missing)}" if missing else "")

@@ -45,7 +45,7 @@ def test_a_device_that_is_slow_to_begin_is_read_in_large_blocks():
 
 def test_a_device_that_is_quick_to_begin_is_read_with_little_in_flight():
     pattern = find(ThrottledStore(MemoryStore([CONTENT]), 100 * MB))
-    assert pattern.block_bytes * pattern.n_parallel < MAX_FLYING_BYTES // 2  # a busy machine blurs what is equal
+    assert pattern.block_bytes * pattern.n_parallel <= MAX_FLYING_BYTES // 2  # a busy machine blurs what is equal
     assert pattern.bytes_per_s == pytest.approx(100 * MB, rel=0.5)
 
 

@@ -49,8 +49,8 @@ BACKEND_MAY = {
 }  # fmt: skip
 APPS_MAY = {"edgelm", "edgelm.errors", "edgelm.sizes"}
 CATALOGUE_MAY = BASE | {
-    "edgelm.files", "edgelm.files.folder", "edgelm.files.gguf", "edgelm.files.kept", "edgelm.files.prepared",
-    "edgelm.text.cache",
+    "edgelm.files", "edgelm.files.drafts", "edgelm.files.folder", "edgelm.files.gguf", "edgelm.files.kept",
+    "edgelm.files.prepared", "edgelm.text.cache",
 }  # fmt: skip
 
 MODULE_LINES = 400

@@ -66,6 +66,13 @@ def test_guesses_change_nothing_and_forced_tokens_come_in_one_pass(model: edgelm
     assert guessed[-1].usage.passes < plain[-1].usage.passes
 
 
+def test_a_schema_that_allows_everything_still_makes_json(model: edgelm.Model) -> None:
+    text, reason = answer(model, json_schema=True, temperature=1.0, seed=2)
+    assert text[0] in '{["-0123456789tfn'
+    if reason == "stop":
+        json.loads(text)
+
+
 def test_expressions_and_both_notations_of_grammars(model: edgelm.Model) -> None:
     assert re.fullmatch(r"[0-9]{3}-[a-c]{2}", answer(model, regex=r"[0-9]{3}-[a-c]{2}")[0])
     assert answer(model, grammar='root ::= "yes" | "no"')[0] in ("yes", "no")
@@ -96,6 +103,9 @@ def test_several_answers_do_not_disturb_each_other(model: edgelm.Model) -> None:
     [
         ({"regex": "a(b"}, "makes no sense.*unclosed|invalid regex"),
         ({"json_schema": {"if": {}}}, "not supported.*if"),
+        ({"json_schema": {"oneOf": [{"type": "string"}, {"minLength": 2}]}}, "not supported; write anyOf"),
+        ({"json_schema": False}, "allows no answer"),
+        ({"json_schema": [["type", "string"]]}, "no JSON object.*list"),
         ({"json_schema": {"type": "nope"}}, "makes no sense.*nope"),
         ({"json_schema": {"enum": {1, 2}}}, "no JSON object"),
         ({"grammar": "root ::= ("}, "GBNF grammar makes no sense.*line 1"),
