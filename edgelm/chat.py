@@ -95,7 +95,8 @@ class Chat:
 
     def samples(self, text: str, n: int, **options: Unpack[Options]) -> list[Sample]:
         """Return `n` answers to `text`, see `Model.samples`; the conversation stays as it was."""
-        _, ids = self._fitting([{"role": "user", "content": text}], options.get("max_tokens"))
+        most = options.get("max_tokens")
+        _, ids = self._fitting([{"role": "user", "content": text}], most and n * most)
         stops = options.get("stop", ())
         options["stop"] = [*([stops] if isinstance(stops, str) else stops), *self._model.template.stops]
         return self._model.samples_of(ids, n, **options)

@@ -106,7 +106,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One of several answers. `mean_logprob`: of its tokens, by the model's own distribution."""
+    """One of several answers. `mean_logprob`: of its tokens without the end, by the model's own distribution."""
 
     text: str
     token_ids: tuple[int, ...]

@@ -180,6 +180,13 @@ def speculation_options(command: F) -> F:
     )(command)
 
 
+parallel_option = click.option(
+    "-n",
+    "parallel",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="N answers, computed side by side; the likeliest comes first.",
+)
 adaptive_option = click.option(
     "--adaptive", is_flag=True, help="Give memory back while the device is short of it; take it again afterwards."
 )
@@ -187,7 +194,7 @@ offline_option = click.option("--offline", is_flag=True, help="Fetch nothing: us
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
-_ENGINE = ("memory", "backend", "threads", "context", "spill", "kv", "simulate", "speculate", "draft")
+_ENGINE = ("memory", "backend", "threads", "context", "spill", "kv", "simulate", "speculate", "draft", "parallel")
 _SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
     "frequency_penalty", "dry_multiplier", "dry_base", "dry_allowed_length", "top_n_sigma", "xtc_probability",

@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from edgelm_apps.options import engine_options, engine_values, json_option, model_argument, speculation_options
+from edgelm_apps.options import (
+    engine_options,
+    engine_values,
+    json_option,
+    model_argument,
+    parallel_option,
+    speculation_options,
+)
 
 
 @click.command()
@@ -14,6 +21,7 @@ from edgelm_apps.options import engine_options, engine_values, json_option, mode
 @json_option
 @engine_options
 @speculation_options
+@parallel_option
 def plan(model: str, as_json: bool, **given: Any) -> None:
     """Show what stays, what streams and how fast, without loading."""
     import edgelm

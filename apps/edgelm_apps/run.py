@@ -18,6 +18,7 @@ from edgelm_apps.options import (
     json_option,
     model_argument,
     offline_option,
+    parallel_option,
     quiet_option,
     sampling_options,
     sampling_values,
@@ -55,13 +56,7 @@ if TYPE_CHECKING:
 @speculation_options
 @adaptive_option
 @sampling_options
-@click.option(
-    "-n",
-    "n_answers",
-    type=click.IntRange(min=2),
-    metavar="N",
-    help="Give N answers, computed side by side; the likeliest comes first.",
-)
+@parallel_option
 @click.option(
     "--logprobs",
     type=click.IntRange(0, 20),
@@ -97,6 +92,8 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
     if (logprobs := given.pop("logprobs")) is not None:
         if not as_json:
             raise click.UsageError("--logprobs are shown with --json: add it")
+        if "parallel" in engine:
+            raise click.UsageError("--logprobs are of one answer, and -n gives several: give one of them")
         sampling["logprobs"] = logprobs
     if given.pop("ignore_eos"):
         sampling["ignore_eos"] = True
@@ -115,9 +112,8 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
                 note(line)
             if not given["raw"] and loaded.template.notice:
                 note(loaded.template.notice)
-        if given["n_answers"] is not None:
-            _several(loaded, prompt, given, sampling, as_json)
-            return 0
+        if "parallel" in engine:
+            return _several(loaded, prompt, engine["parallel"], given, sampling, as_json)
         rendered, chunks = _answer(loaded, prompt, given, sampling)
         if show_prompt and not as_json:
             click.echo(rendered, err=True)
@@ -129,21 +125,25 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
     return 130 if result["finish_reason"] == "cancelled" else 0
 
 
-def _several(model: Model, prompt: str, given: dict[str, Any], sampling: dict[str, Any], as_json: bool) -> None:
+def _several(model: Model, prompt: str, n: int, given: dict[str, Any], sampling: dict[str, Any], as_json: bool) -> int:
     """Give several answers, the likeliest first."""
     from dataclasses import asdict
 
+    from edgelm_apps.engine import interruptible
     from edgelm_apps.output import print_json
 
-    if given["raw"]:
-        samples = model.samples(prompt, given["n_answers"], **sampling)
-    else:
-        samples = model.chat(given["system"]).samples(prompt, given["n_answers"], **sampling)
+    with interruptible(model):
+        if given["raw"]:
+            samples = model.samples(prompt, n, **sampling)
+        else:
+            samples = model.chat(given["system"], overflow=given["overflow"] or "error").samples(prompt, n, **sampling)
+    code = 130 if any(one.finish_reason == "cancelled" for one in samples) else 0
     if as_json:
         print_json({"answers": [asdict(one) for one in samples]})
-        return
+        return code
     for number, one in enumerate(samples, 1):
         click.echo(f"--- {number}, mean log-probability {one.mean_logprob:.3f}\n{one.text}")
+    return code
 
 
 def _prompt(prompt: str | None, file: Any) -> str:

@@ -23,16 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Answer:
-    """What became of one answer: its ids, the log-probabilities of all that was drawn, and why it ended."""
+    """What became of one answer: its ids, the sum of their log-probabilities, and why it ended."""
 
     ids: list[int] = field(default_factory=list)
-    n_drawn: int = 0
     logprob: float = 0.0
     reason: FinishReason | None = None
 
     @property
     def mean_logprob(self) -> float:
-        return self.logprob / max(self.n_drawn, 1)
+        return self.logprob / max(len(self.ids), 1)
 
 
 def longest(engine: Running, n_prompt: int, n: int, max_tokens: int | None) -> int:
@@ -86,11 +85,12 @@ def answers(
         answer, sampler = found[i], samplers[i]
         token = sampler(logits, histories[i])
         histories[i].append(token)
-        answer.n_drawn += 1
-        answer.logprob += sampler.noted.popleft().logprob
+        logprob = sampler.noted.popleft().logprob
         if token in ends:
             answer.reason = "stop"
+            answer.logprob += 0.0 if answer.ids else logprob  # an empty answer is as likely as its end
             return
+        answer.logprob += logprob
         answer.ids.append(token)
         if is_over(i, token):
             answer.reason = "stop"

@@ -203,7 +203,7 @@ class BackendContract(EncoderContract):
     ) -> None:
         """Rows of one pass that branch: each sees what is stored, its ancestors and itself, and no other branch."""
         n = len(parents)
-        recording = self.record(backend, n, capacity=160, length=96, parents=parents)
+        recording = self.record(backend, n, capacity=160, length=96, parents=parents, out_rows=range(n))
         q, k, v = (recording.value(heads * dim) for heads, dim in reference.attend_widths(spec))
         output = recording.ops.attend(q, k, v, spec)
         for first in (0, n, 2 * n):  # each is stored after the one before as a whole: masks decide who sees what
@@ -217,7 +217,7 @@ class BackendContract(EncoderContract):
         """What lies on other branches, however large, changes no bit of a row."""
         found = []
         for spread in (1.0, 100.0):
-            recording = self.record(backend, 4, capacity=64, length=64, parents=(-1, 0, -1, 2))
+            recording = self.record(backend, 4, capacity=64, length=64, parents=(-1, 0, -1, 2), out_rows=range(4))
             q, k, v = (recording.value(heads * dim) for heads, dim in reference.attend_widths(ATTEND))
             for tensor in (q, k, v):
                 recording.inputs(tensor)[2:] *= spread

@@ -112,6 +112,11 @@ class FakeModel:
             if reason:
                 return
 
+    def samples(self, prompt: str, n: int, **options: Any) -> list[edgelm.Sample]:
+        self.asked.append((prompt, options))
+        reason = "cancelled" if self.cancelled else "stop"
+        return [edgelm.Sample(f"{prompt}, {i}", (100, i), -float(i), reason, None) for i in range(1, n + 1)]
+
     def chat(self, system: str | None = None, *, overflow: str = "error", keep: bool = False) -> FakeChat:
         return FakeChat(self, system, overflow)
 
@@ -133,6 +138,10 @@ class FakeChat:
         self.turns += 1
         self.model.overflow = self.overflow
         yield from self.model.stream(f"{self.system or 'none'}#{self.turns} {text}", **options)
+
+    def samples(self, text: str, n: int, **options: Any) -> list[edgelm.Sample]:
+        self.model.overflow = self.overflow
+        return self.model.samples(f"{self.system or 'none'} {text}", n, **options)
 
 
 LOADED: list[FakeModel] = []

@@ -194,3 +194,22 @@ def test_changes_of_an_adaptive_budget_are_told_after_the_answer(edgelm_command,
     assert result.out == "echo: none#1 hi\n"
     assert result.err.splitlines()[-1] == "memory is short: budget 100 MB -> 80 MB"
     assert edgelm_command("run", model_file, "hi", "--adaptive", "--quiet").err == ""
+
+
+def test_several_answers_the_likeliest_first(edgelm_command, engine, model_file):
+    result = edgelm_command("run", model_file, "hi", "-n", "3", "--temperature", "1", "--overflow", "trim")
+    assert result.code == 0
+    assert result.out == "".join(f"--- {i}, mean log-probability -{i}.000\nnone hi, {i}\n" for i in (1, 2, 3))
+    assert engine[0].options == {"parallel": 3}  # their room is planned
+    assert (engine[0].asked, engine[0].overflow) == ([("none hi", {"temperature": 1.0})], "trim")
+    answers = edgelm_command("run", model_file, "hi", "-n", "2", "--raw", "--json").json()["answers"]
+    assert [one["text"] for one in answers] == ["hi, 1", "hi, 2"]
+    assert set(answers[0]) == {"text", "token_ids", "mean_logprob", "finish_reason", "seed"}
+
+
+def test_several_answers_have_no_logprobs_of_tokens(edgelm_command, engine, model_file):
+    refused = edgelm_command("run", model_file, "hi", "-n", "2", "--json", "--logprobs", "1")
+    assert refused.code == 2
+    assert "give one of them" in refused.err
+    assert edgelm_command("run", model_file, "hi", "-n", "1").code == 2
+    assert not engine
