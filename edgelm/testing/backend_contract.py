@@ -23,28 +23,22 @@ from edgelm.engine.preparing import packed_bytes
 from edgelm.errors import Cancelled, UnsupportedModel
 from edgelm.files.ggml_types import TensorType
 from edgelm.files.model import TensorInfo
-from edgelm.memory.cache_layout import Item
 from edgelm.testing import reference
 from edgelm.testing.blocks import RANDOM_TYPES, random_weights
+from edgelm.testing.cache_contract import ATTEND, CacheContract
 from edgelm.testing.encoder_contract import N_TOKENS, EncoderContract
 from edgelm.testing.memory import peak_growth_bytes
 from edgelm.testing.reference import nmse
 
 TILED_TYPES = (TensorType.F32, TensorType.Q4_0, TensorType.Q8_0, TensorType.Q4_K, TensorType.Q6_K)
 TREES = ((-1, -1, 0, 1, 2, 2, 4, 0), (-1,) * 5, (-1, 0, 0, 2), (-1, *(i // 2 for i in range(31))))
-ATTEND = AttendSpec(layer=0, n_heads=6, n_kv_heads=2, head_dim_k=32, head_dim_v=64, scale=0.18)
-BLOCKS: tuple[tuple[Item, Item], ...] = (
-    ("q8_0", "q8_0"), ("q8_0", "q4_0"), ("q4_0", "q4_0"), ("q8_0", "f16"), ("f16", "q8_0"),
-)  # fmt: skip
 ROPE = RopeSpec(n_heads=3, n_dims=32, neox=True, base=10000.0)
 YARN = ROPE._replace(base=500000.0, freq_scale=0.25, ext_factor=1.0, attn_factor=0.9, n_ctx_orig=64)
 
 
-class BackendContract(EncoderContract):
+class BackendContract(CacheContract, EncoderContract):
     """Inherit this and override `backend`. The bounds below may be tightened, and `row_cut` set to 1."""
 
-    product_nmse = 5e-4
-    """Bound for `linear` and `attend`: eight-bit activations are allowed."""
     row_cut = 32
     """Rows of a matrix are cut at multiples of this; the results must keep their bits."""
     tiled_rows = 293
@@ -186,26 +180,6 @@ class BackendContract(EncoderContract):
             assert nmse(ours, expected) <= self.product_nmse
         for ours_cache, exact_cache in recording.caches(spec):
             assert np.array_equal(ours_cache, exact_cache)
-
-    @pytest.mark.parametrize("n", [1, 3, 70])
-    @pytest.mark.parametrize("spec", [ATTEND, ATTEND._replace(softcap=3.0)], ids=["plain", "softcap"])
-    @pytest.mark.parametrize("items", BLOCKS, ids=":".join)
-    def test_attend_over_blocks(
-        self, backend: Backend, session: Session, n: int, spec: AttendSpec, items: tuple[Item, Item]
-    ) -> None:
-        """Keys and values of the types that the backend claims are rounded once, and nothing else is."""
-        can = backend.capabilities()
-        if not can.kv.issuperset(items):
-            pytest.skip(f"the backend does not claim keys and values as {' and '.join(items)}")
-        recording = self.record(backend, n, capacity=200, length=160, cache=can.cache.of_types(*items))
-        q, k, v = (recording.value(heads * dim) for heads, dim in reference.attend_widths(spec))
-        output = recording.ops.attend(q, k, v, spec)
-        for first in (0, n):
-            recording.move_to(first)
-            (ours,) = recording.run(session, [output])
-            assert nmse(ours, recording.exact_attend(q, k, v, spec)) <= self.product_nmse
-        for ours_cache, exact_cache in recording.caches(spec):
-            assert nmse(ours_cache, exact_cache) <= self.product_nmse  # a number between two codes may go either way
 
     def test_attend_writes_where_it_is_told(self, backend: Backend, session: Session) -> None:
         """A ring: places neither begin at 0 nor follow each other."""

@@ -30,7 +30,7 @@ class EncoderContract:
     @staticmethod
     def record(backend: Backend, n_tokens: int, **options: Any) -> Recording:
         """Return a `Recording` whose weights and caches lie as the backend wants them. A session must be open."""
-        return Recording(n_tokens, **{"layout": layout_of(backend), "cache": backend.capabilities().cache, **options})
+        return Recording(n_tokens, layout=layout_of(backend), cache=backend.capabilities().cache, **options)
 
     @pytest.mark.parametrize("n", N_TOKENS)
     @pytest.mark.parametrize("spec", [ENCODE, ENCODE._replace(n_kv_heads=6)], ids=["sharing", "no sharing"])
