@@ -1,6 +1,6 @@
 """What types of keys and values cost: memory, perplexity, and speed of decoding behind a filled context.
 
-python bench/kv.py [--tokens 2000]
+python bench/kv.py [--tokens 3000]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CONTEXT = 1024
 
 
 def child(spec: dict[str, Any]) -> dict[str, Any]:
-    """Score stretches of text that fill the context, then decode behind one of them."""
+    """Score stretches of text that fill the context, if that is asked for, then decode behind one of them."""
     import edgelm
 
     with edgelm.load(
@@ -25,14 +25,14 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
     ) as model:
         ids = model.tokenizer.encode(common.prose(), add_bos=False)[: spec["tokens"]]
         total, n = 0.0, 0
-        for first in range(0, len(ids), CONTEXT - 1):
+        for first in range(0, len(ids), CONTEXT - 1) if spec["score"] else ():
             stretch = ids[first : first + CONTEXT - 1]
             score = model.score_ids([model.tokenizer.bos_id or ids[0], *stretch], 1)
             total, n = total + score.total, n + len(score.logprobs)
         prompt = ids[: CONTEXT - 140]
         chunks = list(model.stream_ids(prompt, max_tokens=128, ignore_eos=True, speculate=False))
         return {
-            "perplexity": math.exp(-total / n),
+            "perplexity": math.exp(-total / n) if n else None,
             "tokens": n,
             "kv_bytes": model.plan.demand.kv_bytes,
             "decode_tps": chunks[-1].usage.decode_tps,
@@ -47,10 +47,10 @@ def main() -> None:
     report = common.Report("kv", conditions)
     for name in given.models:
         found: dict[str, list[dict[str, Any]]] = {kv: [] for kv in TYPES}
-        for _ in range(given.rounds):
+        for turn in range(given.rounds):
             for kv in TYPES:
                 spec = {"model": str(common.find_model(name)), "kv": kv, "threads": given.threads}
-                spec["tokens"] = given.tokens
+                spec |= {"tokens": given.tokens, "score": turn == 0}  # the numbers are the same each time
                 argv = [sys.executable, __file__, "--child", json.dumps(spec)]
                 found[kv].append(common.run(argv).json())
         plain = found["f16"][0]

@@ -154,7 +154,8 @@ def load(
     computes one after the other. `draft` is a smaller model of the same vocabulary that does the guessing, resident
     within the same budget: a file, or "auto" for the low-bit copy that `draft_copy` made of the model.
     `kv` is the type of keys and values in the cache: "f16", "q8_0" (half the memory, next to no loss), "q4_0", two of
-    them for keys and values ("q8_0:q4_0"), or "auto" for the first of these with which all weights stay in memory.
+    them for keys and values ("q8_0:q4_0"), or "auto" for as many bits as leave all weights in memory, 8 for keys at
+    the least.
     Where a `context` that was asked for fits in no other way, the oldest keys and values go to flash, in the cache
     folder, and are read back for every token: the answer is the same; `spill=False` raises `BudgetTooSmall` instead.
     `parallel` is the number of answers to one prompt that `Model.samples` is to have room for, however little memory

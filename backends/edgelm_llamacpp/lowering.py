@@ -16,6 +16,7 @@ from edgelm.memory.cache_layout import Item
 from edgelm_llamacpp.ggml import ROPE_NEOX, ROPE_NORMAL, TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64, Ggml
 
 CACHE_TYPES = {"f16": TYPE_F16, "q8_0": int(TensorType.Q8_0), "q4_0": int(TensorType.Q4_0)}
+_TILE_ROWS = 64  # of the least pass that ggml's fused attention computes in tiles
 _STAND_IN = 1 << 40  # far from any real address, so that a forgotten binding faults instead of corrupting
 _STAND_IN_STEP = 1 << 32
 _TENSORS_PER_OP = 24
@@ -262,11 +263,11 @@ class _Lowering:
         keys, values = self._write_cache(op, spec)
         mask = self._shared(("masks", spec.group), "2d", TYPE_F32, self.shape.groups[spec.group].length, n_tokens)
         source = self._heads(op.inputs[0], spec.n_heads)
-        if is_quantized(self.shape.cache.items[1]):
-            q = self._view(g.ggml_permute(ctx, source, 0, 2, 1, 3), source)
-            half = self.half_masks.setdefault(spec.group, g.ggml_cast(ctx, mask, TYPE_F16))
-            mixed = g.ggml_flash_attn_ext(ctx, q, keys, values, half, spec.scale, 0.0, spec.softcap)
-            self._result(op, mixed, (spec.head_dim_v, spec.n_heads, n_tokens))
+        key_item, value_item = self.shape.cache.items
+        if is_quantized(key_item):  # a product with blocks would round the queries to 8 bits, too
+            keys = g.ggml_cast(ctx, keys, TYPE_F32)
+        if is_quantized(value_item):
+            self._attend_fused(op, spec, source, keys, values, mask)
             return
         # rows that are verified attend one by one, as in passes of one: products of several at once add up in another
         # order, and 8-bit activations can make half a logit of that
@@ -290,6 +291,19 @@ class _Lowering:
             return
         mixed = g.ggml_permute(ctx, mixed, 0, 2, 1, 3)
         self._result(op, g.ggml_cont_2d(ctx, mixed, spec.n_heads * spec.head_dim_v, n_tokens))
+
+    def _attend_fused(self, op: Op, spec: AttendSpec, source: int, keys: int, values: int, mask: int) -> None:
+        """Mix values that lie as keys do, row by row; prompts in tiles, for which ggml wants float32 on both sides."""
+        g, ctx, n_tokens = self.g, self.ctx, self.shape.n_tokens
+        if n_tokens >= _TILE_ROWS and not self.shape.verified:
+            keys = keys if is_quantized(self.shape.cache.items[0]) else g.ggml_cast(ctx, keys, TYPE_F32)
+            values = g.ggml_cast(ctx, values, TYPE_F32)
+        if spec.group not in self.half_masks:
+            self.half_masks[spec.group] = g.ggml_cast(ctx, mask, TYPE_F16)
+        q = self._view(g.ggml_permute(ctx, source, 0, 2, 1, 3), source)
+        half = self.half_masks[spec.group]
+        mixed = g.ggml_flash_attn_ext(ctx, q, keys, values, half, spec.scale, 0.0, spec.softcap)
+        self._result(op, mixed, (spec.head_dim_v, spec.n_heads, n_tokens))
 
     def _encode(self, op: Op) -> None:
         spec = op.params

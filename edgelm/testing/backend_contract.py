@@ -25,22 +25,20 @@ from edgelm.files.ggml_types import TensorType
 from edgelm.files.model import TensorInfo
 from edgelm.testing import reference
 from edgelm.testing.blocks import RANDOM_TYPES, random_weights
+from edgelm.testing.cache_contract import ATTEND, CacheContract
 from edgelm.testing.encoder_contract import N_TOKENS, EncoderContract
 from edgelm.testing.memory import peak_growth_bytes
 from edgelm.testing.reference import nmse
 
 TILED_TYPES = (TensorType.F32, TensorType.Q4_0, TensorType.Q8_0, TensorType.Q4_K, TensorType.Q6_K)
 TREES = ((-1, -1, 0, 1, 2, 2, 4, 0), (-1,) * 5, (-1, 0, 0, 2), (-1, *(i // 2 for i in range(31))))
-ATTEND = AttendSpec(layer=0, n_heads=6, n_kv_heads=2, head_dim_k=32, head_dim_v=64, scale=0.18)
 ROPE = RopeSpec(n_heads=3, n_dims=32, neox=True, base=10000.0)
 YARN = ROPE._replace(base=500000.0, freq_scale=0.25, ext_factor=1.0, attn_factor=0.9, n_ctx_orig=64)
 
 
-class BackendContract(EncoderContract):
+class BackendContract(CacheContract, EncoderContract):
     """Inherit this and override `backend`. The bounds below may be tightened, and `row_cut` set to 1."""
 
-    product_nmse = 5e-4
-    """Bound for `linear` and `attend`: eight-bit activations are allowed."""
     row_cut = 32
     """Rows of a matrix are cut at multiples of this; the results must keep their bits."""
     tiled_rows = 293

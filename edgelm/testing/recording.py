@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -24,25 +23,13 @@ from edgelm.memory.arena import depths
 from edgelm.memory.cache_layout import USUAL
 from edgelm.testing import reference
 from edgelm.testing.blocks import random_weights
+from edgelm.testing.stored import Stored, aligned
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Items = NDArray[Any]
 
-_ALIGNMENT = 4096
 _FIRST_CONCAT = 1 << 20  # ids of values that `Ops` does not know
-
-
-@dataclass(frozen=True, slots=True)
-class _Cache:
-    """Keys [head, place, dim] and values [head, dim, place]: as the backend lays them, and as they should be."""
-
-    keys: Items
-    values: Items
-    keys_address: int
-    values_address: int
-    exact_keys: Items
-    exact_values: Items
 
 
 class Recording:
@@ -77,7 +64,7 @@ class Recording:
         self._packed: dict[str, Bytes] = {}
         self._infos: dict[str, TensorInfo] = {}
         self._adopted: dict[tuple[Weight, bool], int] = {}
-        self._caches: dict[int, _Cache] = {}
+        self._caches: dict[int, tuple[Stored, Stored]] = {}
         self._position_of_place = np.full(length, -1, np.int32)
         self.out_rows = np.array(out_rows, np.int32)
         self.parents = parents
@@ -98,7 +85,7 @@ class Recording:
         """An input of random numbers, one row per token."""
         tensor = self.ops.embed(Weight(f"input {len(self._inputs)}", TensorType.F32, width, 1))
         numbers = self._rng.standard_normal((self.n_tokens, width), np.float32) * np.float32(spread)
-        self._inputs[tensor.id] = _aligned(numbers).view(np.float32).reshape(numbers.shape)
+        self._inputs[tensor.id] = aligned(numbers).view(np.float32).reshape(numbers.shape)
         return tensor
 
     def matrix(self, width: int, rows: int, kind: TensorType = TensorType.F32, mean: float = 0.0) -> Weight:
@@ -108,12 +95,12 @@ class Recording:
         data = np.frombuffer(random_weights(kind, width * rows, spread, self._rng), np.uint8)
         if mean:
             data = np.maximum(data.view(np.float32) + np.float32(mean), np.float32(mean / 4)).view(np.uint8)
-        self._weights[weight.tensor] = _aligned(data)
+        self._weights[weight.tensor] = aligned(data)
         info = TensorInfo(weight.tensor, kind, (width, rows), 0, 0, data.nbytes)
         self._infos[weight.tensor] = self._laid_out(info)
         if self._infos[weight.tensor].packed_row_bytes:
             packed = packed_bytes(self._layout, info, data.tobytes())
-            self._packed[weight.tensor] = _aligned(np.frombuffer(packed, np.uint8))
+            self._packed[weight.tensor] = aligned(np.frombuffer(packed, np.uint8))
         return weight
 
     def _laid_out(self, info: TensorInfo) -> TensorInfo:
@@ -168,19 +155,16 @@ class Recording:
 
     def exact_attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttendSpec) -> reference.Exact:
         """Attention over the cache that there should be, which this extends by the rows of the pass."""
-        cache = self._cache(spec)
-        heads = self.n_tokens, spec.n_kv_heads, -1
-        with np.errstate(over="raise"):
-            cache.exact_keys[:, self.places] = self._inputs[k.id].reshape(heads).transpose(1, 0, 2)
-            cache.exact_values[:, :, self.places] = self._inputs[v.id].reshape(heads).transpose(1, 2, 0)
-        keys, values = cache.exact_keys[:, : self.length], cache.exact_values[:, :, : self.length]
-        return reference.attend(self.exact(q), keys, values, self._mask(spec.window), spec)
+        keys, values = self._cache(spec)
+        for stored, tensor in ((keys, k), (values, v)):
+            stored.store(self.places, self._inputs[tensor.id].reshape(self.n_tokens, spec.n_kv_heads, -1))
+        seen = keys.exact[:, : self.length], values.exact[:, : self.length].transpose(0, 2, 1)
+        return reference.attend(self.exact(q), *seen, self._mask(spec.window), spec)
 
     def caches(self, spec: AttendSpec) -> Iterator[tuple[Items, Items]]:
         """The layer's keys, then its values: what the backend made of them, and what they should be."""
-        cache = self._cache(spec)
-        yield cache.keys, cache.exact_keys
-        yield cache.values, cache.exact_values
+        for stored in self._cache(spec):
+            yield stored.made(), stored.exact
 
     def input_bytes(self) -> list[bytes]:
         return [array.tobytes() for arrays in (self._inputs, self._weights, self._packed) for array in arrays.values()]
@@ -189,7 +173,7 @@ class Recording:
         """Copy every weight to another address, and spoil the old one."""
         for weights in (self._weights, self._packed):
             for name, old in list(weights.items()):
-                weights[name] = _aligned(old)
+                weights[name] = aligned(old)
                 old.fill(0xFF)
 
     @contextmanager
@@ -235,7 +219,7 @@ class Recording:
             for value, local in zip(part.outputs, part.segment.outputs, strict=True):
                 made = part.segment.values[local]
                 empty = np.zeros((self._shape().rows(made.per), made.width), np.float32)
-                memory[value] = _aligned(empty).view(np.float32).reshape(empty.shape)
+                memory[value] = aligned(empty).view(np.float32).reshape(empty.shape)
         for op in self._kept():
             if isinstance(op.params, AttendSpec):
                 self._cache(op.params)
@@ -257,8 +241,8 @@ class Recording:
                 inputs=tuple(memory[value].ctypes.data for value in part.inputs),
                 outputs=tuple(memory[value].ctypes.data for value in part.outputs),
                 weights=tuple(self._bound(part)),
-                keys=tuple(cache.keys_address for cache in caches),
-                values=tuple(cache.values_address for cache in caches),
+                keys=tuple(keys.address for keys, _ in caches),
+                values=tuple(values.address for _, values in caches),
                 positions=self.positions.ctypes.data,
                 out_rows=self.out_rows.ctypes.data,
                 places=tuple(self.places.ctypes.data for _ in masks),
@@ -318,21 +302,15 @@ class Recording:
                 found[row] |= found[parent]
         return found
 
-    def _cache(self, spec: AttendSpec) -> _Cache:
+    def _cache(self, spec: AttendSpec) -> tuple[Stored, Stored]:
+        """Keys and values."""
         if spec.layer not in self._caches:
-            shapes = (
-                (spec.n_kv_heads, self.capacity, spec.head_dim_k),
-                (spec.n_kv_heads, spec.head_dim_v, self.capacity),
+            layout, dims = self._cache_layout, (spec.head_dim_k, spec.head_dim_v)
+            keys, values = (
+                self._rng.standard_normal((spec.n_kv_heads, self.capacity, dim)).astype(np.float32) for dim in dims
             )
-            # Not zeros: what is written outside the given places, or read behind a mask, shows.
-            dtype = self._cache_layout.dtype
-            old: list[Items] = [self._rng.standard_normal(shape).astype(dtype) for shape in shapes]
-            lying = [old[0], old[1] if self._cache_layout.values == "dim_place" else old[1].transpose(0, 2, 1)]
-            keys, values = (_aligned(array).view(dtype).reshape(array.shape) for array in lying)
-            addresses = keys.ctypes.data, values.ctypes.data
-            if self._cache_layout.values == "place_dim":
-                values = values.transpose(0, 2, 1)
-            self._caches[spec.layer] = _Cache(keys, values, *addresses, *old)
+            items = layout.items
+            self._caches[spec.layer] = Stored(items[0], "place_dim", keys), Stored(items[1], layout.values, values)
         return self._caches[spec.layer]
 
     def _bound(self, part: Placed) -> Iterator[int]:
@@ -349,12 +327,3 @@ class Recording:
             return int(self._packed[weight.tensor][weight.first_row * info.row_bytes :].ctypes.data)
         start = weight.first_row * row_bytes(weight.type, weight.width)
         return int(self._weights[weight.tensor][start:].ctypes.data)
-
-
-def _aligned(array: NDArray[np.generic]) -> Bytes:
-    """A copy of the array's bytes at an address that kernels like."""
-    flat = np.frombuffer(array.tobytes(), np.uint8)
-    data = np.empty(flat.size + _ALIGNMENT, np.uint8)
-    start = -data.ctypes.data % _ALIGNMENT
-    data[start : start + flat.size] = flat
-    return data[start : start + flat.size]

@@ -106,6 +106,23 @@ def test_fewer_bits_change_logits_a_little_and_memory_a_lot(
     assert scores[kv][1] == pytest.approx(scores["f16"][1] * least, rel=1e-6)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("kv", ["q8_0", "q8_0:q4_0", "f16:q8_0", "q8_0:f16"])
+def test_prompts_and_single_tokens_see_the_same_cache(models: dict[str, Path], kv: str, architecture: str) -> None:
+    """ggml has one form of attention for wide passes and another one for narrow ones; NumPy is the oracle of both."""
+    prompt = IDS * 4
+    found = []
+    for backend in ("numpy", need("llamacpp")):
+        with edgelm.load(models[architecture], memory=GB, backend=backend, threads=1, context=256, kv=kv) as model:
+            wide = model._engine.forward(prompt).copy()
+            narrow = [model._engine.forward([token]).copy() for token in IDS[:5]]
+            model._engine.truncate(len(prompt) - 1)
+            again = model._engine.forward(prompt[-1:]).copy() if architecture == "llama" else wide
+            found.append(np.concatenate([wide, *narrow, again]))
+    assert np.abs(found[0] - found[1]).max() < 0.3
+    assert np.abs(found[1][0] - found[1][-1]).max() < 0.2
+
+
 def test_both_backends_round_alike(models: dict[str, Path]) -> None:
     found = []
     for backend in ("numpy", need("llamacpp")):

@@ -208,6 +208,7 @@ def test_backends_are_compared(folder: Path) -> None:
     [
         ({"backend": "numpy"}, BackendUnavailable, "one ONNX graph"),
         ({"simulate": "pi4-sd"}, ConfigError, "leave --simulate out"),
+        ({"kv": "q8_0"}, ConfigError, "leave --kv out"),
         ({"context": 257}, ConfigError, "more than the 256 tokens"),
         ({"threads": 0}, ConfigError, "threads must be"),
     ],
