@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from edgelm.files.gguf import fingerprint_of, open_model, read_part
 from edgelm.files.index import is_folder
 from edgelm.files.model import ModelFile, TensorInfo
 from edgelm.files.summary import summary_of
-from edgelm.files.writing import PARTIAL, free_bytes, whole_or_nothing
+from edgelm.files.writing import free_bytes, remove_leftovers, whole_or_nothing
 from edgelm.hashing import blake2b
 from edgelm.memory.buffer import Buffer, align_up
 from edgelm.memory.stores import open_store, span
@@ -270,7 +269,7 @@ def _pad(file: BinaryIO, to: int) -> None:
 @contextlib.contextmanager
 def _with_room(target: Path, file_bytes: int) -> Iterator[BinaryIO]:
     """Give a file to write that gets its name when it is complete. Raises `PackError` where the disk is full."""
-    _remove_leftovers(target)
+    remove_leftovers(target.parent, target.name)
     free = free_bytes(target.absolute().parent)
     if free < file_bytes:
         raise PackError(
@@ -279,16 +278,6 @@ def _with_room(target: Path, file_bytes: int) -> Iterator[BinaryIO]:
         )
     with whole_or_nothing(target) as file:
         yield file
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove what packing to this name left when it was killed."""
-    import psutil
-
-    for path in target.parent.glob(f"{glob.escape(target.name)}.*{PARTIAL}"):
-        pid = path.name.removesuffix(PARTIAL).rpartition(".")[2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            path.unlink()
 
 
 def _hint(error: OSError) -> str:

@@ -1,12 +1,14 @@
 """Keys and values in a file: written once, read back by another process, whatever backend it computes with.
 
-magic, length of the header, header (JSON: version, whose, which layers, how many positions), the ids, then layer by
-layer the keys and the values of 128 positions at a time as [position, head, dimension], and a checksum of all of it.
+magic, length of the header, header (JSON: version, whose, which layers, how many positions, how they were kept), the
+ids, then layer by layer the keys and the values of 128 positions at a time as [position, head, dimension], and a
+checksum of all of it. Reading and writing take a megabyte or two of memory, and leave nothing in the page cache.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 from edgelm.files.errors import DamagedCache
 from edgelm.files.writing import whole_or_nothing
 from edgelm.memory.arena import KVArena, LayerCache
+from edgelm.memory.platform import current_platform
 from edgelm.memory.uncached import uncached
 
 MAGIC, VERSION = b"edgelmKV", 1
@@ -25,14 +28,19 @@ _MOST_HEADER = 1 << 20
 _DTYPES: dict[str, np.dtype[Any]] = {"f16": np.dtype("<f2"), "f32": np.dtype("<f4")}
 
 
-class Saved(NamedTuple):
-    """The beginning of such a file. `firsts`: the first stored position of each layer, which rings have forgotten."""
+class _Head(NamedTuple):
+    """The header of such a file.
+
+    `firsts`: the first stored position of each layer (rings have forgotten those before), `item`: the type of the
+    numbers here, `kept`: the types of keys and values in the cache that they come from.
+    """
 
     identity: str
-    ids: tuple[int, ...]
+    n: int
     layers: tuple[LayerCache, ...]
     firsts: tuple[int, ...]
     item: str
+    kept: tuple[str, ...]
 
 
 class _Checked:
@@ -56,14 +64,17 @@ class _Checked:
 
 
 def save(path: Path, arena: KVArena, ids: Sequence[int], identity: str) -> int:
-    """Write what the cache stores of `ids`, which is all of it; return the bytes. `identity`: of the model."""
+    """Write what the cache stores of `ids`, which is all of it; return the bytes. `identity`: of the model.
+
+    Only its owner can read the file. One that is there already is replaced once the new one is on the disk.
+    """
     item = "f32" if arena.layout.item == "f32" else "f16"
     layers, n = arena.layers, arena.n_past
     assert n == len(ids), "every stored position has an id"
     firsts = [int(n - len(arena.held(layer))) for layer in range(len(layers))]
     header = {"version": VERSION, "identity": identity, "n": n, "layers": layers, "firsts": firsts, "item": item}
-    text = json.dumps(header).encode()
-    with whole_or_nothing(path) as raw:
+    text = json.dumps(header | {"kept": arena.layout.items}).encode()
+    with whole_or_nothing(path, private=True) as raw:
         file = _Checked(path, raw)
         file.write(MAGIC + struct.pack("<I", len(text)) + text + np.asarray(ids, "<i4").tobytes())
         for layer, first_held in enumerate(firsts):
@@ -71,19 +82,17 @@ def save(path: Path, arena: KVArena, ids: Sequence[int], identity: str) -> int:
                 for numbers in arena.export(layer, first, min(_BLOCK, n - first)):
                     file.write(numbers.astype(_DTYPES[item]).tobytes())
         raw.write(file.sum.digest())
+        raw.flush()
+        os.fsync(raw.fileno())
+        current_platform().drop_cache(raw.fileno())
         return raw.tell()
-
-
-def read_head(path: Path) -> Saved:
-    """Return the beginning of a file. Raises `DamagedCache` if it is none, or of another version."""
-    with path.open("rb") as file:
-        return _head(_Checked(path, file))
 
 
 def load(path: Path, arena: KVArena, identity: str) -> tuple[int, ...]:
     """Fill an arena with what was saved; return the ids. The arena is empty afterwards if it cannot be.
 
-    Raises `DamagedCache` for a file that is not whole, or of another model.
+    Raises `DamagedCache` for a file that is not whole, of another model, or of a cache that kept fewer bits: what is
+    computed from it would not be what this cache promises.
     """
     arena.truncate(0)
     try:
@@ -92,26 +101,33 @@ def load(path: Path, arena: KVArena, identity: str) -> tuple[int, ...]:
             head = _head(file)
             if head.identity != identity or head.layers != arena.layers:
                 raise DamagedCache(file.path, "it is of another model")
-            if len(head.ids) > arena.context:
-                raise DamagedCache(
-                    file.path, f"its {len(head.ids)} tokens are more than the context of {arena.context}"
-                )
-            arena.restore(len(head.ids))
-            for layer, first_held in enumerate(head.firsts):
-                _read_layer(file, arena, layer, first_held, head)
-            if raw.read() != file.sum.digest():
+            pairs = zip(head.kept, arena.layout.items, strict=True)
+            if any(theirs not in _DTYPES and theirs != ours for theirs, ours in pairs):
+                theirs, ours = ":".join(head.kept), ":".join(arena.layout.items)
+                raise DamagedCache(file.path, f"it was kept as {theirs}, and this cache keeps {ours}")
+            if head.n > arena.context:
+                raise DamagedCache(file.path, f"its {head.n} tokens are more than the context of {arena.context}")
+            ids = np.frombuffer(file.read(4 * head.n), "<i4").tolist()
+            try:
+                arena.restore(head.n, head.firsts)
+            except ValueError as error:
+                raise DamagedCache(file.path, str(error)) from error
+            for layer in range(len(head.layers)):
+                _read_layer(file, arena, layer, head)
+            digest = file.sum.digest()
+            if raw.read(len(digest) + 1) != digest:
                 raise DamagedCache(file.path, "its checksum is wrong")
     except BaseException:
         arena.truncate(0)
         raise
-    return head.ids
+    return tuple(ids)
 
 
-def _read_layer(file: _Checked, arena: KVArena, layer: int, first_held: int, head: Saved) -> None:
-    facts, n, dtype = head.layers[layer], len(head.ids), _DTYPES[head.item]
+def _read_layer(file: _Checked, arena: KVArena, layer: int, head: _Head) -> None:
+    facts, n, dtype = head.layers[layer], head.n, _DTYPES[head.item]
     held = arena.held(layer)
     least = int(held[0]) if len(held) else n  # a narrower ring has no place for the oldest
-    for first in range(first_held, n, _BLOCK):
+    for first in range(head.firsts[layer], n, _BLOCK):
         count = min(_BLOCK, n - first)
         pair = []
         for dim in (facts.head_dim_k, facts.head_dim_v):
@@ -120,11 +136,9 @@ def _read_layer(file: _Checked, arena: KVArena, layer: int, first_held: int, hea
         skipped = min(max(least - first, 0), count)
         if skipped < count:
             arena.import_(layer, first + skipped, pair[0][skipped:], pair[1][skipped:])
-    if first_held > least:
-        raise DamagedCache(file.path, "it lacks positions that this cache must hold")
 
 
-def _head(file: _Checked) -> Saved:
+def _head(file: _Checked) -> _Head:
     if file.read(len(MAGIC)) != MAGIC:
         raise DamagedCache(file.path, "it is no saved cache")
     (n_bytes,) = struct.unpack("<I", file.read(4))
@@ -136,13 +150,12 @@ def _head(file: _Checked) -> Saved:
             raise DamagedCache(file.path, f"it is of version {header['version']}, and this edgelm reads {VERSION}")
         n, item = int(header["n"]), str(header["item"])
         layers = tuple(LayerCache(*map(int, layer)) for layer in header["layers"])
-        firsts = tuple(map(int, header["firsts"]))
-        if not 0 <= n <= 1 << 24 or item not in _DTYPES or len(firsts) != len(layers):
+        firsts, kept = tuple(map(int, header["firsts"])), tuple(map(str, header["kept"]))
+        if n < 0 or item not in _DTYPES or len(firsts) != len(layers) or len(kept) != 2:
             raise DamagedCache(file.path, "its header makes no sense")
         if not all(0 <= first <= n for first in firsts):
             raise DamagedCache(file.path, "its header makes no sense")
         identity = str(header["identity"])
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedCache(file.path, "its header makes no sense") from error
-    ids = np.frombuffer(file.read(4 * n), "<i4")
-    return Saved(identity, tuple(ids.tolist()), layers, firsts, item)
+    return _Head(identity, n, layers, firsts, item, kept)
