@@ -6,7 +6,7 @@ import json
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -320,10 +320,59 @@ def test_a_message_that_cannot_be_kept_is_answered_all_the_same(
         assert "could not be kept" in model.notes[-1]
 
 
-def test_an_answer_that_was_cut_off_and_a_second_turn_compute_only_what_is_new(model: edgelm.Model) -> None:
-    chat = model.chat()
-    list(chat.stream("the cat sat on the mat", max_tokens=8, ignore_eos=True))
-    before = model._conversation.stored
-    usage = list(chat.stream("and then", max_tokens=2, ignore_eos=True))[-1].usage
-    assert usage.cached_tokens >= len(before) - 8
-    assert usage.cached_tokens > 0
+def spelling(tokenizer: Any, words: str) -> Any:
+    """Return a processor that lets the model say `words` in tokens of one letter, again and again."""
+    small = {
+        tokenizer.token_bytes(token): token for token in range(tokenizer.n_vocab) if not tokenizer.is_special(token)
+    }
+    ids = [small[letter.encode()] for letter in words]
+    said = 0
+
+    def process(history: Any, logits: Any) -> Any:
+        nonlocal said
+        logits[ids[said % len(ids)]] += 1e6
+        said += 1
+        return logits
+
+    return process
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_later_turn_computes_only_what_is_new_however_the_answer_was_spelled(
+    models: dict[str, Path], architecture: str
+) -> None:
+    with load(models[architecture], context=1024) as model:
+        chat = model.chat("be brief")
+        stored: tuple[int, ...] = ()
+        for question in ("the cat", "and then", "what of the dog"):
+            speak = spelling(model.tokenizer, " the mat and")
+            chunks = list(chat.stream(question, max_tokens=40, processors=[speak], speculate=False))
+            assert chunks[-1].usage.cached_tokens == len(stored)
+            stored = model.stored
+        assert model.tokenizer.encode(chat.messages[2]["content"]) != stored[-len(chunks) :], "the tokenizer differs"
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
+def test_a_later_turn_of_a_real_model_computes_only_what_is_new(
+    real_model: Callable[[str], Path], name: str, tmp_path: Path
+) -> None:
+    questions = ("Tell me about the sea.", "And what of the river \u014ci?", "Thanks!")
+
+    def turns(chat: edgelm.Chat, questions: Sequence[str], stored: Sequence[int]) -> None:
+        for number, question in enumerate(questions):
+            options: Any = {"max_tokens": 24, "temperature": 1.6, "seed": len(question)}
+            usage = list(chat.stream(question, **options))[-1].usage
+            assert usage.cached_tokens == len(stored), number
+            stored = model.stored
+
+    options: Any = {"backend": need("llamacpp")}
+    with load(real_model(name), **options) as model:
+        chat = model.chat("You are a helpful assistant.")
+        turns(chat, questions[:2], ())
+        stored = model.stored
+        assert chat.save(tmp_path / "talk.json") == ""
+    with load(real_model(name), **options) as model:
+        chat = model.chat()
+        assert chat.load(tmp_path / "talk.json") == ""
+        turns(chat, questions[2:], stored)
