@@ -2,7 +2,7 @@
 
 magic, length of the header, header (JSON: version, whose, which layers, how many positions, how they were kept), the
 ids, then layer by layer the keys and the values of 128 positions at a time as [position, head, dimension], and a
-checksum of all of it. Reading and writing take a megabyte or two of memory, and leave nothing in the page cache.
+checksum of all of it. Reading and writing take memory for one such block, and leave nothing in the page cache.
 """
 
 from __future__ import annotations
