@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from edgelm.errors import ConfigError, ContextOverflow, ModelFileError
 from edgelm.files.writing import whole_or_nothing
+from edgelm.text.respelling import respelled
 from edgelm.text.tools import ToolCall, ToolCallMatcher, checked_tools
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Chat:
             raise ConfigError(f"overflow must be 'error' or 'trim', got {overflow!r}")
         self._model, self._overflow, self._keep = model, overflow, keep
         self._tools = checked_tools(tools)
+        self._said: list[int] = []  # the last prompt and its answer: what a model spelled is not spelled anew
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def send(self, text: str, **options: Unpack[Options]) -> str:
@@ -70,11 +72,14 @@ class Chat:
         stops = options.get("stop", ())
         options["stop"] = [*([stops] if isinstance(stops, str) else stops), *self._model.template.stops]
         answer: list[str] = []
+        said = list(ids)
         chunks = self._model.stream_turn(turn, lambda: ids, options, self._kept_ids())
         answered = False
         calls: tuple[ToolCall, ...] = ()
         try:
             for chunk in chunks:
+                if chunk.token_id is not None:
+                    said.append(chunk.token_id)
                 if matcher is not None:
                     shown = matcher.feed(chunk.text)
                     if chunk.token_id is None:
@@ -91,7 +96,8 @@ class Chat:
         finally:
             chunks.close()
             if answered:
-                self.messages[:] = [*messages, *asked, _said("".join(answer), calls)]
+                self.messages[:] = [*messages, *asked, _answered("".join(answer), calls)]
+                self._said = said
 
     def samples(self, text: str, n: int, **options: Unpack[Options]) -> list[Sample]:
         """Return `n` answers to `text`, see `Model.samples`; the conversation stays as it was."""
@@ -105,16 +111,26 @@ class Chat:
         """Return the prompt that `text` would lead to, as the model reads it."""
         return self._render(self.messages, [{"role": "user", "content": text}]).text
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the conversation to `path` as JSON, and beside it (`.kv`) what the model has computed of it.
+    def save(self, path: str | PathLike[str]) -> str:
+        """Write the conversation to `path` as JSON, and what the model has computed of it beside it, in `path` + ".kv".
 
-        The second file only spares time: without it `load` computes the conversation again.
+        The second file only spares time: without it `load` computes the conversation again. Returns a sentence on why
+        there is none, or nothing. Raises `ConfigError` if `path` cannot be written.
         """
         target = Path(path)
         content = {"edgelm": 1, "model": self._model.file.name, "messages": self.messages}
-        with whole_or_nothing(target) as file:
-            file.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
-        self._model.save_cache(target.with_suffix(".kv"))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with whole_or_nothing(target, private=True) as file:
+                file.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
+        except OSError as error:
+            raise ConfigError(f"{target} cannot be written ({error.strerror}); name another file") from error
+        try:
+            self._model.save_cache(_computed(target))
+        except (OSError, ConfigError) as error:
+            _computed(target).unlink(missing_ok=True)  # of an earlier conversation
+            return f"only the messages are saved, and computed again when they are loaded: {error}"
+        return ""
 
     def load(self, path: str | PathLike[str]) -> str:
         """Go on with a conversation that was saved; return a sentence on what has to be computed again, or nothing.
@@ -124,6 +140,8 @@ class Chat:
         source = Path(path)
         try:
             content = json.loads(source.read_bytes())
+            if content["edgelm"] != 1:
+                raise ConfigError(f"{source} was saved by a newer edgelm; update edgelm to read it")
             messages = [
                 {**one, "role": str(one["role"]), "content": str(one["content"])} for one in content["messages"]
             ]
@@ -131,11 +149,12 @@ class Chat:
             raise ConfigError(f"{source} cannot be read ({error.strerror}); check the name") from error
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{source} is no saved conversation; save one with /save or `Chat.save`") from error
-        self.messages[:] = messages
+        self.messages[:], self._said = messages, []
         try:
-            self._model.load_cache(source.with_suffix(".kv"))
+            self._model.load_cache(_computed(source))
+            self._said = list(self._model.stored)
         except (OSError, ConfigError, ModelFileError) as error:
-            why = "nothing of it was saved" if isinstance(error, FileNotFoundError) else str(error)
+            why = "nothing of that was saved" if isinstance(error, FileNotFoundError) else str(error)
             return f"the conversation is computed again with its next turn: {why}"
         return ""
 
@@ -151,6 +170,7 @@ class Chat:
     def clear(self) -> None:
         """Forget everything but the system message."""
         del self.messages[self._first_turn :]
+        self._said = []
 
     @property
     def _first_turn(self) -> int:
@@ -159,25 +179,33 @@ class Chat:
     def _render(self, messages: list[Message], asked: list[Message]) -> Prompt:
         return self._model.template.render([*messages, *asked], tools=self._tools or None)
 
+    def _ids(self, messages: list[Message], asked: list[Message]) -> list[int]:
+        tokenizer = self._model.tokenizer
+        return respelled(tokenizer, tokenizer.encode_prompt(self._render(messages, asked)), self._said)
+
     def _fitting(self, asked: list[Message], max_tokens: int | None) -> tuple[list[Message], list[int]]:
         """Return what is kept of the messages, and the ids of the prompt.
 
         Under the policy `trim`, as many of the newest turns are kept as leave room for an answer.
         """
-        context, encode = self._model.plan.context, self._model.tokenizer.encode_prompt
-        kept = list(self.messages)
-        ids = encode(self._render(kept, asked))
+        context, kept = self._model.plan.context, list(self.messages)
+        ids = self._ids(kept, asked)
         if self._overflow == "trim":
             room = min(max_tokens or ANSWER_TOKENS, context // 2)
             while len(ids) + room > context and len(kept) > self._first_turn:
                 del kept[self._first_turn : self._first_turn + 2]  # a question and its answer
-                ids = encode(self._render(kept, asked))
+                ids = self._ids(kept, asked)
         if len(ids) >= context:
             raise ContextOverflow(len(ids), context)
         return kept, ids
 
 
-def _said(text: str, calls: tuple[ToolCall, ...]) -> Message:
+def _computed(path: Path) -> Path:
+    """Return where the keys and values of a saved conversation are."""
+    return path.with_name(f"{path.name}.kv")
+
+
+def _answered(text: str, calls: tuple[ToolCall, ...]) -> Message:
     """Return the message of an answer."""
     if not calls:
         return {"role": "assistant", "content": text}

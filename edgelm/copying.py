@@ -97,7 +97,7 @@ def draft_copy(
         rounders = {one: _rounder(one) for one in {info.type for info in _changed(source, tensors)}}
         try:
             drafts.folder().mkdir(parents=True, exist_ok=True)
-            remove_leftovers(target)
+            remove_leftovers(target.parent, target.name)
             if (free := free_bytes(drafts.folder())) < size:
                 raise PreparationError(
                     f"the copy takes {human(size)}, and {human(free)} are free in {drafts.folder()}; make room, or set "

@@ -195,9 +195,9 @@ class Model:
         try:
             with self.turns.held(turn, asked.timeout_s):
                 clock.started()
-                if kept:
-                    self._provide(kept)
-                clock.prefilled(self._conversation.prefill(ids, lambda _: self.turns.breathe(turn)))
+                breathe = partial(self._breathe, turn)
+                computed = self._provide(kept, breathe) if kept else 0
+                clock.prefilled(computed + self._conversation.prefill(ids, breathe))
                 limit = min(asked.max_tokens or room, room)
                 tokens = token_ids(self._conversation, ids, sampler, max_tokens=limit, ends=ends, speculator=speculator)
                 while reason is None:
@@ -294,11 +294,16 @@ class Model:
         with self.turns.between():
             return self._go_over(min(budget_bytes, self.asked_bytes))
 
-    def _provide(self, prefix: Sequence[int]) -> None:
+    def _breathe(self, turn: Turn, _done: int) -> None:
+        self.turns.breathe(turn)
+
+    def _provide(self, prefix: Sequence[int], progress: Callable[[int], None]) -> int:
         from edgelm.prefixes import provide
 
-        if told := provide(self._conversation, prefix, self.identity, self._file.name, self.plan.demand.kv):
+        computed, told = provide(self._conversation, prefix, self._file, self.identity, progress)
+        if told:
             self.notes = (*self.notes, told)
+        return computed
 
     @property
     def identity(self) -> str:
@@ -325,6 +330,11 @@ class Model:
         """
         with self.turns.between():
             return len(self._conversation.restore(Path(path), self.identity))
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The ids whose keys and values are in the cache."""
+        return self._conversation.stored
 
     def _forms_here(self) -> Forms:
         """Return what keeps answers to a form. The first time room is made for it; raises `BudgetTooSmall`."""

@@ -243,7 +243,7 @@ def _pad(file: BinaryIO, to: int) -> None:
 @contextlib.contextmanager
 def _with_room(target: Path, file_bytes: int) -> Iterator[BinaryIO]:
     """Give a file to write that gets its name when it is complete. Raises `PackError` where the disk is full."""
-    remove_leftovers(target)
+    remove_leftovers(target.parent, target.name)
     free = free_bytes(target.absolute().parent)
     if free < file_bytes:
         raise PackError(

@@ -1,43 +1,68 @@
-"""System messages whose keys and values are kept on flash, so that the next process need not compute them."""
+"""System messages whose keys and values are kept on flash, so that the next process need not compute them.
+
+Written once for each model, message and type of cache, and only where computing was slow enough.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from edgelm.errors import ModelFileError
+from edgelm.errors import ConfigError, ModelFileError
 from edgelm.files import kept
 
 if TYPE_CHECKING:
     from edgelm.engine.generate import Conversation
+    from edgelm.files.model import ModelFile
 
-LEAST_TOKENS = 64
-"""Shorter prefixes are computed faster than they are read."""
+LEAST_S = 0.1
+"""What is computed in less is not worth a file: reading 1,000 tokens takes a tenth of a second, too."""
 
 
-def provide(conversation: Conversation, prefix: Sequence[int], identity: str, model: str, kv: str) -> str:
+class Provided(NamedTuple):
+    """How many tokens were computed, and a sentence on what was written or is wrong with a file; mostly none."""
+
+    computed: int
+    told: str
+
+
+def provide(
+    conversation: Conversation,
+    prefix: Sequence[int],
+    file: ModelFile,
+    identity: str,
+    progress: Callable[[int], None] | None = None,
+) -> Provided:
     """Let the conversation store at least `prefix`: as it is, from flash, or computed and then kept.
 
-    `kv`: the types of its keys and values. What was kept in fewer bits is not taken for more, nor the other way round.
-    Returns a sentence on what was written, or what is wrong with a kept file; empty if there is nothing to say.
+    Raises what `Conversation.prefill` raises; a file that cannot be read or written costs time only.
     """
-    if len(prefix) < LEAST_TOKENS or conversation.stores(prefix):
-        return ""
-    path = kept.path_of(f"{identity} {kv}", prefix)
+    if conversation.stores(prefix):
+        return Provided(0, "")
+    if reason := conversation.not_to_be_saved:
+        return Provided(0, f"the system prompt is not kept: {reason}")
+    path = kept.path_of(file.fingerprint, identity, conversation.kept_as, prefix)
     problem = ""
     if path.is_file():
         try:
             if conversation.restore(path, identity) == tuple(prefix):
-                kept.note_use(path, model, len(prefix))
-                return ""
+                kept.note_use(path, file.name, len(prefix))
+                return Provided(0, "")
+            problem = "a kept system prompt was another one and is made anew; "
         except (ModelFileError, OSError) as error:
             problem = f"a kept system prompt was of no use and is made anew: {error}; "
-    conversation.prefill(prefix)
+    began_s = time.perf_counter()
+    computed = conversation.prefill(prefix, progress)
+    took_s = (time.perf_counter() - began_s) * len(prefix) / computed
+    if took_s < LEAST_S:
+        return Provided(computed, f"{problem}the system prompt is not kept: it takes {took_s:.3f} s to compute")
     try:
-        kept.folder().mkdir(parents=True, exist_ok=True)
+        kept.make_folder()
         conversation.save(path, identity)
-        kept.note_use(path, model, len(prefix), first=True)
+        kept.note_use(path, file.name, len(prefix), first=True)
         kept.keep_within_limit(path)
-    except OSError as error:
-        return f"{problem}the system prompt could not be kept: {error.strerror}; set EDGELM_CACHE to a writable folder"
-    return f"{problem}the system prompt's keys and values are kept in {path}, for the next start"
+    except (OSError, ConfigError) as error:
+        fact = error.strerror if isinstance(error, OSError) else error
+        return Provided(computed, f"{problem}the system prompt could not be kept in {kept.folder()}: {fact}")
+    return Provided(computed, f"{problem}the system prompt's keys and values are kept in {path}, for the next start")

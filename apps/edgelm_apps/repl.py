@@ -64,6 +64,7 @@ class Conversation:
         from edgelm.errors import Cancelled
 
         reason: str | None = None
+        told = self.model.notes
         with interruptible(self.model), suppress(Cancelled), closing(ask(self.chat, text, self.sampling)) as chunks:
             reason = "cancelled"
             for chunk in chunks:
@@ -74,6 +75,8 @@ class Conversation:
             note("stopped")
         elif reason == "length":
             note("the answer reached its length limit")
+        for line in self.model.notes[len(told) :]:
+            note(line)
         if self.shows_status and self.usage is not None:
             print_dim(status_line(self.usage))
 
@@ -196,12 +199,12 @@ def respond(conversation: Conversation, text: str) -> bool:
             click.echo(str(conversation.model.plan))
         case "/save" if rest.strip():
             path = chats_folder() / f"{plain_name(rest)}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            conversation.chat.save(path)
-            note(f"saved in {path}")
+            told = conversation.chat.save(path)
+            note(f"saved in {path}" + (f"; {told}" if told else ""))
         case "/load" if rest.strip():
             told = conversation.chat.load(chats_folder() / f"{plain_name(rest)}.json")
-            note(told or f"{len(conversation.chat.messages)} messages are back; nothing has to be computed again")
+            n_messages = len(conversation.chat.messages)
+            note(f"{n_messages} messages are back; {told or 'nothing has to be computed again'}")
         case "/save" | "/load":
             names = sorted(path.stem for path in chats_folder().glob("*.json"))
             note(f"{command} takes a name" + (f"; saved are {', '.join(names)}" if names else ""))
@@ -218,10 +221,12 @@ def respond(conversation: Conversation, text: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """Return a name that is no path. Raises `UsageError` for one that says nothing."""
+    """Return a name that is no path. Raises `ConfigError` for one that says nothing."""
+    from edgelm.errors import ConfigError
+
     kept = "".join(letter for letter in name.strip() if letter.isalnum() or letter in "-_. ").strip(". ")
     if not kept:
-        raise click.UsageError(f"{name.strip()!r} is no name; use letters and digits")
+        raise ConfigError(f"{name.strip()!r} is no name; use letters and digits")
     return kept
 
 

@@ -117,9 +117,13 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
         rendered, chunks = _answer(loaded, prompt, given, sampling)
         if show_prompt and not as_json:
             click.echo(rendered, err=True)
+        told = len(loaded.notes)
         with interruptible(loaded), closing(chunks):
             result = _collect(chunks, _say_nothing if as_json else _say, loaded)
         asides.show()
+        if not quiet and not as_json:
+            for line in loaded.notes[told:]:  # what became of a system message that is to be kept
+                note(line)
         if as_json:
             print_json(result | {"prompt": rendered} if show_prompt else result)
     return 130 if result["finish_reason"] == "cancelled" else 0

@@ -99,15 +99,26 @@ class Conversation:
         self._stored.extend(saved.load(path, self._arena(), identity))
         return self.stored
 
-    def _arena(self) -> KVArena:
-        arena = getattr(self.engine, "arena", None)
-        if arena is None or getattr(self.engine, "spilled", None) is not None:
-            raise ConfigError(
+    @property
+    def not_to_be_saved(self) -> str:
+        """Why what is stored cannot be saved; empty if it can."""
+        if getattr(self.engine, "arena", None) is None or getattr(self.engine, "spilled", None) is not None:
+            return (
                 "keys and values can be saved where edgelm keeps all of them in memory: not those of ONNX graphs, nor "
                 "with a part on flash"
             )
-        found: KVArena = arena
-        return found
+        return ""
+
+    @property
+    def kept_as(self) -> tuple[str, str]:
+        """The types of keys and values in the cache. Raises `ConfigError` where a cache cannot be saved."""
+        return self._arena().layout.items
+
+    def _arena(self) -> KVArena:
+        if reason := self.not_to_be_saved:
+            raise ConfigError(reason)
+        arena: KVArena = getattr(self.engine, "arena")  # noqa: B009
+        return arena
 
     @property
     def is_full(self) -> bool:

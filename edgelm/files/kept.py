@@ -1,6 +1,7 @@
 """The folder of kept prefixes: keys and values of system messages, on flash.
 
-Bounded: what is worth least, by tokens, uses and time since the last, goes first.
+Bounded: what is worth least, by tokens, uses and time since the last, goes first. Needs no lock: files appear and
+vanish as a whole, and two processes that make the same one make the same.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgelm.cachedir import cache_dir
+from edgelm.files.writing import remove_leftovers
 from edgelm.hashing import blake2b
 from edgelm.sizes import GB, parse_size
 
@@ -58,9 +60,16 @@ def listing() -> list[KeptPrefix]:
     return sorted(found, key=lambda kept: -kept.worth)
 
 
-def remove() -> int:
-    """Remove all kept prefixes; return the bytes freed."""
-    return sum(_unlink(kept) for kept in listing())
+def make_folder() -> None:
+    """Make the folder, and remove what processes that were killed have left half-written there."""
+    folder().mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder())
+
+
+def remove(fingerprint: str = "") -> int:
+    """Remove the kept prefixes of the models with this fingerprint, or all; return the bytes freed."""
+    remove_leftovers(folder())
+    return sum(_unlink(kept) for kept in listing() if kept.path.name.startswith(fingerprint))
 
 
 def keep_within_limit(newest: Path) -> None:
@@ -96,7 +105,11 @@ def note_use(path: Path, model: str, n_tokens: int, first: bool = False) -> None
         partial.replace(notes)
 
 
-def path_of(identity: str, prefix: Sequence[int]) -> Path:
-    """Return where the prefix of a model is kept."""
-    key = blake2b(f"{identity} {','.join(map(str, prefix))}".encode(), digest_size=16).hexdigest()
-    return folder() / f"{key}{_SUFFIX}"
+def path_of(fingerprint: str, identity: str, types: Sequence[str], prefix: Sequence[int]) -> Path:
+    """Return where the prefix of a model is kept by caches whose keys and values are of these types.
+
+    Half and single precision share a file; what was kept in fewer bits has its own.
+    """
+    types = ["f16" if one == "f32" else one for one in types]
+    key = blake2b(f"{identity} {types} {','.join(map(str, prefix))}".encode(), digest_size=16).hexdigest()
+    return folder() / f"{fingerprint}-{key}{_SUFFIX}"

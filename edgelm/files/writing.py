@@ -16,11 +16,15 @@ PARTIAL = ".partial"
 
 
 @contextlib.contextmanager
-def whole_or_nothing(target: Path) -> Iterator[BinaryIO]:
-    """Give a file to write that gets its name when it is complete and on the disk, or vanishes."""
+def whole_or_nothing(target: Path, private: bool = False) -> Iterator[BinaryIO]:
+    """Give a file to write that gets its name when it is complete and on the disk, or vanishes.
+
+    `private`: only its owner can read it, where the system knows such a thing.
+    """
     partial = target.with_name(f"{target.name}.{os.getpid()}{PARTIAL}")
+    mode = 0o600 if private else 0o666
     try:
-        with partial.open("xb") as file:
+        with open(partial, "xb", opener=lambda path, flags: os.open(path, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -32,11 +36,11 @@ def whole_or_nothing(target: Path) -> Iterator[BinaryIO]:
     _sync_folder(target.absolute().parent)
 
 
-def remove_leftovers(target: Path) -> None:
-    """Remove what processes that were killed left when they wrote a file of this name."""
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that are gone left half-written in a folder, of one file or of any."""
     import psutil
 
-    for path in target.parent.glob(f"{glob.escape(target.name)}.*{PARTIAL}"):
+    for path in folder.glob(f"{glob.escape(name) if name else '*'}.*{PARTIAL}"):
         pid = path.name.removesuffix(PARTIAL).rpartition(".")[2]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
             path.unlink(missing_ok=True)

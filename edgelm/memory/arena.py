@@ -237,13 +237,21 @@ class KVArena:
     def layers(self) -> tuple[LayerCache, ...]:
         return self._layers
 
-    def restore(self, n_past: int) -> None:
-        """Be as if `n_past` positions were stored; their numbers are to be imported. Rings hold the latest."""
+    def restore(self, n_past: int, firsts: Sequence[int]) -> None:
+        """Be as if `n_past` positions were stored, of each layer those from `firsts[layer]`; they are to be imported.
+
+        Rings hold the latest that they have places for. Raises `ValueError` if the next token must see more.
+        """
         self.truncate(0)
+        for layer, first in zip(self._layers, firsts, strict=True):
+            if n_past - first < (min(layer.window - 1, n_past) if layer.window else n_past):
+                raise ValueError(f"of {n_past} positions those before {first} are missing")
         self.n_past = n_past
         self.grow(0)
-        for held in self._held.values():
-            latest = np.arange(max(n_past - len(held), 0), n_past)
+        for layer, first in zip(self._layers, firsts, strict=True):
+            held = self._held[layer.group]
+            held.fill(-1)
+            latest = np.arange(max(n_past - len(held), first), n_past)
             held[latest % len(held)] = latest
 
     def copy_from(self, other: KVArena) -> None:

@@ -1,13 +1,15 @@
 """Keys and values in a file: written once, read back by another process, whatever backend it computes with.
 
-magic, length of the header, header (JSON: version, whose, which layers, how many positions), the ids, then layer by
-layer the keys and the values of 128 positions at a time as [position, head, dimension], and a checksum of all of it.
-Quantized ones are written as their blocks, so that nothing is rounded twice.
+magic, length of the header, header (JSON: version, whose, which layers, how many positions, of which types), the ids,
+then layer by layer the keys and the values of 128 positions at a time as [position, head, dimension], and a checksum of
+all of it. Quantized ones are written as their blocks, so that nothing is rounded twice. Reading and writing take memory
+for one such block, and leave nothing in the page cache.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from edgelm.files.quantize import from_blocks, to_blocks
 from edgelm.files.writing import whole_or_nothing
 from edgelm.memory.arena import KVArena, LayerCache
 from edgelm.memory.cache_layout import BLOCK, ITEMS, Item, is_quantized, vector_bytes
+from edgelm.memory.platform import current_platform
 from edgelm.memory.uncached import uncached
 
 MAGIC, VERSION = b"edgelmKV", 2
@@ -28,14 +31,15 @@ _MOST_HEADER = 1 << 20
 _FLOATS: dict[str, np.dtype[Any]] = {"f16": np.dtype("<f2"), "f32": np.dtype("<f4")}
 
 
-class Saved(NamedTuple):
-    """The beginning of such a file.
+class _Head(NamedTuple):
+    """The header of such a file.
 
-    `firsts`: the first stored position of each layer, which rings have forgotten. `items`: types of keys and values.
+    `firsts`: the first stored position of each layer (rings have forgotten those before), `items`: the types of keys
+    and values.
     """
 
     identity: str
-    ids: tuple[int, ...]
+    n: int
     layers: tuple[LayerCache, ...]
     firsts: tuple[int, ...]
     items: tuple[Item, Item]
@@ -62,13 +66,16 @@ class _Checked:
 
 
 def save(path: Path, arena: KVArena, ids: Sequence[int], identity: str) -> int:
-    """Write what the cache stores of `ids`, which is all of it; return the bytes. `identity`: of the model."""
+    """Write what the cache stores of `ids`, which is all of it; return the bytes. `identity`: of the model.
+
+    Only its owner can read the file. One that is there already is replaced once the new one is on the disk.
+    """
     layers, n, items = arena.layers, arena.n_past, arena.layout.items
     assert n == len(ids), "every stored position has an id"
     firsts = [int(n - len(arena.held(layer))) for layer in range(len(layers))]
     header = {"version": VERSION, "identity": identity, "n": n, "layers": layers, "firsts": firsts, "items": items}
     text = json.dumps(header).encode()
-    with whole_or_nothing(path) as raw:
+    with whole_or_nothing(path, private=True) as raw:
         file = _Checked(path, raw)
         file.write(MAGIC + struct.pack("<I", len(text)) + text + np.asarray(ids, "<i4").tobytes())
         for layer, first_held in enumerate(firsts):
@@ -78,19 +85,17 @@ def save(path: Path, arena: KVArena, ids: Sequence[int], identity: str) -> int:
                     quantized = is_quantized(item)
                     file.write((to_blocks(item, numbers) if quantized else numbers.astype(_FLOATS[item])).tobytes())
         raw.write(file.sum.digest())
+        raw.flush()
+        os.fsync(raw.fileno())
+        current_platform().drop_cache(raw.fileno())
         return raw.tell()
-
-
-def read_head(path: Path) -> Saved:
-    """Return the beginning of a file. Raises `DamagedCache` if it is none, or of another version."""
-    with path.open("rb") as file:
-        return _head(_Checked(path, file))
 
 
 def load(path: Path, arena: KVArena, identity: str) -> tuple[int, ...]:
     """Fill an arena with what was saved; return the ids. The arena is empty afterwards if it cannot be.
 
-    Raises `DamagedCache` for a file that is not whole, or of another model.
+    Raises `DamagedCache` for a file that is not whole, of another model, or of a cache that kept fewer bits: what is
+    computed from it would not be what this cache promises.
     """
     arena.truncate(0)
     try:
@@ -99,26 +104,33 @@ def load(path: Path, arena: KVArena, identity: str) -> tuple[int, ...]:
             head = _head(file)
             if head.identity != identity or head.layers != arena.layers:
                 raise DamagedCache(file.path, "it is of another model")
-            if len(head.ids) > arena.context:
-                raise DamagedCache(
-                    file.path, f"its {len(head.ids)} tokens are more than the context of {arena.context}"
-                )
-            arena.restore(len(head.ids))
-            for layer, first_held in enumerate(head.firsts):
-                _read_layer(file, arena, layer, first_held, head)
-            if raw.read() != file.sum.digest():
+            pairs = zip(head.items, arena.layout.items, strict=True)
+            if any(is_quantized(theirs) and theirs != ours for theirs, ours in pairs):
+                theirs, ours = (":".join(dict.fromkeys(items)) for items in (head.items, arena.layout.items))
+                raise DamagedCache(file.path, f"it was kept as {theirs}, and this cache keeps {ours}")
+            if head.n > arena.context:
+                raise DamagedCache(file.path, f"its {head.n} tokens are more than the context of {arena.context}")
+            ids = np.frombuffer(file.read(4 * head.n), "<i4").tolist()
+            try:
+                arena.restore(head.n, head.firsts)
+            except ValueError as error:
+                raise DamagedCache(file.path, str(error)) from error
+            for layer in range(len(head.layers)):
+                _read_layer(file, arena, layer, head)
+            digest = file.sum.digest()
+            if raw.read(len(digest) + 1) != digest:
                 raise DamagedCache(file.path, "its checksum is wrong")
     except BaseException:
         arena.truncate(0)
         raise
-    return head.ids
+    return tuple(ids)
 
 
-def _read_layer(file: _Checked, arena: KVArena, layer: int, first_held: int, head: Saved) -> None:
-    facts, n = head.layers[layer], len(head.ids)
+def _read_layer(file: _Checked, arena: KVArena, layer: int, head: _Head) -> None:
+    facts, n = head.layers[layer], head.n
     held = arena.held(layer)
     least = int(held[0]) if len(held) else n  # a narrower ring has no place for the oldest
-    for first in range(first_held, n, _BLOCK):
+    for first in range(head.firsts[layer], n, _BLOCK):
         count = min(_BLOCK, n - first)
         pair = []
         for item, dim in zip(head.items, (facts.head_dim_k, facts.head_dim_v), strict=True):
@@ -132,11 +144,9 @@ def _read_layer(file: _Checked, arena: KVArena, layer: int, first_held: int, hea
         skipped = min(max(least - first, 0), count)
         if skipped < count:
             arena.import_(layer, first + skipped, pair[0][skipped:], pair[1][skipped:])
-    if first_held > least:
-        raise DamagedCache(file.path, "it lacks positions that this cache must hold")
 
 
-def _head(file: _Checked) -> Saved:
+def _head(file: _Checked) -> _Head:
     if file.read(len(MAGIC)) != MAGIC:
         raise DamagedCache(file.path, "it is no saved cache")
     (n_bytes,) = struct.unpack("<I", file.read(4))
@@ -150,14 +160,11 @@ def _head(file: _Checked) -> Saved:
         keys, values = (known[item] for item in header["items"])
         layers = tuple(LayerCache(*map(int, layer)) for layer in header["layers"])
         firsts = tuple(map(int, header["firsts"]))
-        if not 0 <= n <= 1 << 24 or len(firsts) != len(layers):
-            raise DamagedCache(file.path, "its header makes no sense")
         dims = [(item, dim) for layer in layers for item, dim in zip((keys, values), layer[3:], strict=True)]
         uneven = any(is_quantized(item) and dim % BLOCK for item, dim in dims)
-        if uneven or not all(0 <= first <= n for first in firsts):
+        if n < 0 or len(firsts) != len(layers) or uneven or not all(0 <= first <= n for first in firsts):
             raise DamagedCache(file.path, "its header makes no sense")
         identity = str(header["identity"])
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedCache(file.path, "its header makes no sense") from error
-    ids = np.frombuffer(file.read(4 * n), "<i4")
-    return Saved(identity, tuple(ids.tolist()), layers, firsts, (keys, values))
+    return _Head(identity, n, layers, firsts, (keys, values))

@@ -168,26 +168,29 @@ def _read_manifest(folder: Path) -> CachedModel | None:
 
 
 def _remove_derived(model: CachedModel) -> int:
-    """Delete the tokenizer tables, the prepared files and the low-bit copies that were made of the model."""
-    from edgelm.files import drafts, prepared
+    """Delete the tokenizer tables and all other files that were made of the model."""
+    from edgelm.files import drafts, kept, prepared
     from edgelm.text.cache import default_folder
 
     try:
         key = _fingerprint(model.path)
     except EdgeLMError:
         return 0  # what cannot be read left nothing
-    freed = prepared.remove(key) + drafts.remove(key)
+    freed = prepared.remove(key) + drafts.remove(key) + kept.remove(key)
     for tables in default_folder().glob(f"{key}-*.tables"):
         freed += tables.stat().st_size
         tables.unlink()
     return freed
 
 
-def remove_prefixes() -> int:
-    """Remove all kept system messages; return the bytes freed."""
+def remove_prefixes(path: Path | None = None) -> int:
+    """Remove the kept system messages of the model at `path`, or of all models; return the bytes freed.
+
+    Raises what opening a model raises.
+    """
     from edgelm.files import kept
 
-    return kept.remove()
+    return kept.remove(_fingerprint(path) if path is not None else "")
 
 
 def remove_prepared(path: Path | None = None) -> int:
