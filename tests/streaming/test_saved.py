@@ -15,6 +15,7 @@ import pytest
 from engines import need
 
 import edgelm
+import edgelm.prefixes
 from edgelm import opening
 from edgelm.engine.generate import Conversation
 from edgelm.errors import ConfigError, ModelFileError
@@ -102,7 +103,7 @@ def test_a_kept_prefix_is_not_taken_for_one_of_more_bits(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EDGELM_CACHE", str(tmp_path))
-    monkeypatch.setattr(prefixes, "LEAST_S", 0.0)  # a tiny model computes it in no time
+    monkeypatch.setattr(edgelm.prefixes, "LEAST_S", 0.0)  # a tiny model computes it in no time
     for kv, n_kept in (("q4_0", 1), ("q4_0", 1), ("f16", 2)):
         with load(models["llama"], kv=kv, context=1024) as model:
             list(model.chat(SYSTEM, keep=True).stream("hello", max_tokens=2, ignore_eos=True))
