@@ -61,7 +61,12 @@ def engine_for(path: Path, budget_bytes: int, parallel: int, context: int = 256)
     """Open an engine with room for so many answers, and no rows for drafts."""
     backend = get_backend("numpy")
     request = Request(budget_bytes, context, 1, speculate=False, parallel=parallel)
-    prepared = prepare(in_layout(path, backend), backend, backend.open(1), request, 0, None)
+    session = backend.open(1)
+    try:
+        prepared = prepare(in_layout(path, backend), backend, session, request, 0, None)
+    except BudgetTooSmall:
+        session.close()
+        raise
     engine = build(prepared, derived(MemoryStore([path.read_bytes()]), prepared.file))
     try:
         yield engine

@@ -81,7 +81,7 @@ def test_holds_what_was_stored(tmp_path: Path, steps: list[tuple[int, int]], n_b
         for share, n in [(0, CHUNK)] * 4 + steps:
             if share > 80:
                 kept.n_past = kept.n_past * (100 - share) // 20
-            elif kept.n_past + n > CONTEXT:
+            if kept.n_past + n > CONTEXT:
                 kept.n_past = kept.n_past // 2
             kept.write(n)
     finally:
