@@ -1,4 +1,4 @@
-"""The two parts that nearly all transformers share: projections to q, k, v and the gated feed-forward network.
+"""The parts that transformers share: projections to q, k, v, the gated feed-forward network, and what encoders have.
 
 Every tensor is looked up where a file may have it: fused or apart, with biases or without.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgelm.engine.architecture import ModelConfig
-from edgelm.engine.ir import Activation
+from edgelm.engine.ir import Activation, EncodeSpec
 from edgelm.engine.ops import Ops, Tensor, Weights
 from edgelm.errors import UnsupportedModel
 
@@ -44,3 +44,21 @@ def encodes_both_ways(cfg: ModelConfig) -> None:
     """Raise `UnsupportedModel` for an encoder whose tokens see only those before them."""
     if cfg.meta.bool("attention.causal", default=False):
         raise UnsupportedModel("an encoder with causal attention is not supported; use a model that embeds texts")
+
+
+def embed_sentence(ops: Ops, w: Weights) -> Tensor:
+    """Return the embeddings of a text that is one sentence: where the file has types, all tokens are of the first."""
+    x = ops.embed(w["token_embd"])
+    return ops.add_row(x, w["token_types"]) if "token_types" in w else x
+
+
+def attend_both_ways(ops: Ops, w: Weights, q: Tensor, k: Tensor, v: Tensor, layer: int, cfg: ModelConfig) -> Tensor:
+    """Return what the attention of every token to all of them, scaled by the width of a head, puts out."""
+    scale = inverse_sqrt(cfg.head_dim_k)
+    spec = EncodeSpec(cfg.n_heads[layer], cfg.n_kv_heads[layer], cfg.head_dim_k, cfg.head_dim_v, scale)
+    return ops.linear(ops.encode(q, k, v, spec), w["attn_output"], w.get("attn_output.bias"))
+
+
+def add_and_norm(ops: Ops, w: Weights, h: Tensor, x: Tensor, norm: str, cfg: ModelConfig) -> Tensor:
+    """Return the layer norm called `norm` of `h + x`, as models with norms after what they normalize have it."""
+    return ops.layer_norm(ops.add(h, x), w[norm], w[f"{norm}.bias"], cfg.eps)
