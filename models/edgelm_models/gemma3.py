@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from edgelm.engine.architecture import ModelConfig, sliding_windows
 from edgelm.engine.ir import AttendSpec
 from edgelm.engine.ops import Ops, Tensor, Weights
+from edgelm.errors import UnsupportedModel
 from edgelm_models.parts import GEMMA_SLIDING_BASE, between_norms, gemma_heads, inverse_sqrt
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ def from_config(config: Config) -> Translation:
     from edgelm.engine.translation import Translation
     from edgelm_models import configs
 
+    if config.bool("use_bidirectional_attention", False):
+        raise UnsupportedModel(
+            f"{config.path}: tokens see what follows, as in EmbeddingGemma; edgelm embeds texts with GGUF files only, "
+            "use one of those"
+        )
     config = config.with_defaults(_DEFAULTS)
     metadata = configs.common(config, "gelu_pytorch_tanh")
     keys, vectors = configs.rope(config)
