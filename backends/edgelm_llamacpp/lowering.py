@@ -19,6 +19,7 @@ CACHE_TYPES = {"f16": TYPE_F16, "q8_0": int(TensorType.Q8_0), "q4_0": int(Tensor
 _TILE_ROWS = 64  # of the least pass that ggml's fused attention computes in tiles
 _STAND_IN = 1 << 40  # far from any real address, so that a forgotten binding faults instead of corrupting
 _STAND_IN_STEP = 1 << 32
+_UNSEEN = -1e30  # its exponential is 0; infinity, multiplied with the 0 of what is seen, would be no number
 _TENSORS_PER_OP = 24
 _TENSORS_PER_KIND = {"linear": 6, "rms_norm": 6, "add": 3, "gate": 3, "scale": 3, "slice": 4, "select": 3, "rope": 5}
 
@@ -68,6 +69,7 @@ class _Lowering:
         self.weight = 0
         self.shared: dict[tuple[str, int], int] = {}
         self.half_masks: dict[int, int] = {}
+        self.bands: dict[int, int] = {}
 
     def build(self) -> Graph:
         for i, value in enumerate(self.segment.inputs):
@@ -314,10 +316,26 @@ class _Lowering:
             turned.append(self._view(g.ggml_permute(ctx, by_head, 0, 2, 1, 3), by_head))
         # not fused: all scores are in memory, which the plan counts, and the sums are llama.cpp's to the last bit
         q, k, v = turned
-        weights = g.ggml_soft_max_ext(ctx, g.ggml_mul_mat(ctx, k, q), None, spec.scale, 0.0)
+        weights = g.ggml_soft_max_ext(ctx, g.ggml_mul_mat(ctx, k, q), self._band(spec.window), spec.scale, 0.0)
         columns = g.ggml_cont(ctx, self._view(g.ggml_permute(ctx, v, 1, 0, 2, 3), v))
         mixed = g.ggml_permute(ctx, g.ggml_mul_mat(ctx, columns, weights), 0, 2, 1, 3)
         self._result(op, g.ggml_cont_2d(ctx, mixed, spec.n_heads * spec.head_dim_v, self.shape.n_tokens))
+
+    def _band(self, window: int) -> int | None:
+        """Return the mask [n_tokens, n_tokens] of rows that see `window // 2` on either side; None if they see all.
+
+        It is computed in the graph, so that the plan counts it as scratch memory.
+        """
+        g, ctx, n, reach = self.g, self.ctx, self.shape.n_tokens, window // 2
+        if not window or reach >= n - 1:
+            return None
+        if window not in self.bands:
+            places = g.ggml_arange(ctx, 0.0, float(n), 1.0)
+            columns = g.ggml_repeat(ctx, places, g.ggml_new_tensor_2d(ctx, TYPE_F32, n, n))
+            away = g.ggml_abs(ctx, g.ggml_sub(ctx, columns, g.ggml_reshape_2d(ctx, places, 1, n)))
+            least = g.ggml_arange(ctx, -reach - 0.5, -reach + 0.5, 1.0)  # one number, halfway to the next distance
+            self.bands[window] = g.ggml_scale(ctx, g.ggml_step(ctx, g.ggml_add(ctx, away, least)), _UNSEEN)
+        return self.bands[window]
 
     def _write_cache(self, op: Op, spec: AttendSpec) -> tuple[int, int]:
         """Append the new keys and values; return the parts of the caches that the pass may see."""

@@ -87,6 +87,7 @@ def lower_encode(site: Site) -> Step:
     n, sharing = site.rows, spec.n_heads // spec.n_kv_heads
     tile = max(1, min(n, SCORES // n))
     n_tiles = -(-n // tile)
+    reach = spec.window // 2 if spec.window else n
 
     def run(frame: Frame) -> None:
         q, k, v = (
@@ -98,12 +99,17 @@ def lower_encode(site: Site) -> Step:
         def attend(task: int, lane: int) -> None:
             head, start = task // n_tiles, task % n_tiles * tile
             stop = min(start + tile, n)
+            first, last = max(start - reach, 0), min(stop + reach, n)  # what any of these rows sees
             cut = _Cutter(frame.work[lane])
-            scores, mixed = cut(stop - start, n), cut(stop - start, spec.head_dim_v)
-            np.matmul(q[start:stop, head], k[:, head // sharing].T, out=scores)
+            scores, mixed = cut(stop - start, last - first), cut(stop - start, spec.head_dim_v)
+            np.matmul(q[start:stop, head], k[first:last, head // sharing].T, out=scores)
             scores *= spec.scale
+            if spec.window:
+                for row, its_scores in enumerate(scores, start - first):
+                    its_scores[: max(row - reach, 0)] = -np.inf
+                    its_scores[row + reach + 1 :] = -np.inf
             _weigh(scores)
-            np.matmul(scores, v[:, head // sharing], out=mixed)
+            np.matmul(scores, v[first:last, head // sharing], out=mixed)
             out[start:stop, head] = mixed
 
         frame.lanes.each(spec.n_heads * n_tiles, attend)

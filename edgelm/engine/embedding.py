@@ -41,7 +41,10 @@ def encode(engine: Running, ids: Sequence[int]) -> Floats:
     if len(ids) > engine.plan.context:
         raise ContextOverflow(len(ids), engine.plan.context)
     rows = engine.verify(ids, range(-1, len(ids) - 1))
-    return np.stack([rows[i] for i in range(len(rows))])
+    found = np.empty((len(rows), engine.n_vocab), np.float32)
+    for i, row in enumerate(found):
+        row[:] = rows[i]  # put together from tiles in memory that the next row takes again
+    return found
 
 
 def pool(rows: Floats, pooling: Pooling) -> Floats:

@@ -81,13 +81,17 @@ class AttendSpec(NamedTuple):
 
 
 class EncodeSpec(NamedTuple):
-    """Attention of `n_heads` query heads among the rows of the pass: each sees all of them. Nothing is cached."""
+    """Attention of `n_heads` query heads among the rows of the pass. Nothing is cached.
+
+    Each row sees all of them, or with `window` > 0 those at most `window // 2` rows away on either side.
+    """
 
     n_heads: int
     n_kv_heads: int
     head_dim_k: int
     head_dim_v: int
     scale: float
+    window: int = 0
 
 
 class Columns(NamedTuple):

@@ -155,7 +155,7 @@ class Ops:
         return self._add("attend", (q, k, v), spec.n_heads * spec.head_dim_v, "token", (), spec)
 
     def encode(self, q: Tensor, k: Tensor, v: Tensor, spec: EncodeSpec) -> Tensor:
-        """Return the attention of every row of the pass to all of them: a text is one pass, and nothing is cached."""
+        """Return the attention among the rows of the pass: a text is one pass, and nothing is cached."""
         _check_heads(q, k, v, spec)
         return self._add("encode", (q, k, v), spec.n_heads * spec.head_dim_v, "token", (), spec)
 

@@ -30,7 +30,7 @@ BACKENDS: Mapping[str, str] = {
 ARCHITECTURES: Mapping[str, str] = {
     name: f"edgelm_models.{name}"
     for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "granite", "olmo2", "bert")
-} | {"nomic-bert": "edgelm_models.nomic_bert"}
+} | {"nomic-bert": "edgelm_models.nomic_bert", "gemma-embedding": "edgelm_models.gemma_embedding"}
 HINTS: Mapping[str, str] = {
     "onnx": "install it with: pip install onnxruntime",
     "llamacpp": "install it with: pip install 'edgelm[llamacpp]' (compiles for some minutes, needs a C++ compiler)",

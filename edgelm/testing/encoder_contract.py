@@ -33,7 +33,11 @@ class EncoderContract:
         return Recording(n_tokens, layout=layout_of(backend), cache=backend.capabilities().cache, **options)
 
     @pytest.mark.parametrize("n", N_TOKENS)
-    @pytest.mark.parametrize("spec", [ENCODE, ENCODE._replace(n_kv_heads=6)], ids=["sharing", "no sharing"])
+    @pytest.mark.parametrize(
+        "spec",
+        [ENCODE, ENCODE._replace(n_kv_heads=6), ENCODE._replace(window=9), ENCODE._replace(window=1)],
+        ids=["sharing", "no sharing", "window", "alone"],
+    )
     def test_encode(self, backend: Backend, session: Session, n: int, spec: EncodeSpec) -> None:
         recording = self.record(backend, n)
         q, k, v = (recording.value(heads * dim) for heads, dim in reference.attend_widths(spec))

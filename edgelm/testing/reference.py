@@ -36,13 +36,16 @@ def layer_norm(x: Exact, scale: Exact, bias: Exact, eps: float) -> Exact:
 
 
 def encode(q: Exact, k: Exact, v: Exact, spec: EncodeSpec) -> Exact:
-    """Attention in which every row sees all (arXiv:1706.03762), query heads sharing keys and values."""
+    """Attention in which rows see others on both sides (arXiv:1706.03762), query heads sharing keys and values."""
     queries, keys, values = (
         part.reshape(len(part), heads, -1)
         for part, heads in ((q, spec.n_heads), (k, spec.n_kv_heads), (v, spec.n_kv_heads))
     )
     keys, values = (np.repeat(part, spec.n_heads // spec.n_kv_heads, axis=1) for part in (keys, values))
     scores = np.einsum("qhd,khd->hqk", queries, keys) * spec.scale
+    if spec.window:
+        places = np.arange(len(q))
+        scores[:, np.abs(places[:, None] - places) > spec.window // 2] = -np.inf
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)
     mixed: Exact = np.einsum("hqk,khd->qhd", weights, values).reshape(len(q), -1)

@@ -1,4 +1,4 @@
-"""Tiny random models that embed texts, as GGUF files that llama.cpp loads too: bert and nomic-bert.
+"""Tiny random models that embed texts, as GGUF files that llama.cpp loads too: bert, nomic-bert and gemma-embedding.
 
 Knows tensors and metadata keys by name, as converters write them; not what they compute.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ import numpy as np
 from edgelm.files.ggml_types import TensorType
 from edgelm.testing.blocks import random_weights
 from edgelm.testing.gguf_writer import TensorData, write_gguf
+from edgelm.testing.tiny import TinySpec, tiny_parts
 from edgelm.testing.tiny_vocab import bert_vocab
 
-ENCODERS = ("bert", "nomic-bert")
+ENCODERS = ("bert", "nomic-bert", "gemma-embedding")
 POOLINGS = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
 N_LAYERS, N_EMBD, N_HEADS, N_FF = 3, 64, 4, 128
+_GEMMA = TinySpec(
+    "gemma-embedding", vocab="llama", n_layers=N_LAYERS, n_embd=N_EMBD, n_heads=N_HEADS, n_kv_heads=1, head_dim=32,
+    n_ff=N_FF, n_context=128, qk_norm="head", post_norms=True, rope_base=1_000_000.0, rope_base_swa=10_000.0,
+    sliding_window=16, window_pattern=2,
+)  # fmt: skip
 
 
 def tiny_encoder(
@@ -38,6 +45,10 @@ def tiny_encoder(
 
     `metadata` is added, a value of None removes a key. The same arguments give the same bytes.
     """
+    if architecture == "gemma-embedding":
+        return tiny_gemma_embedding(
+            path, pooling=pooling, types=types, seed=seed, metadata=metadata, n_context=n_context, n_embd=n_embd
+        )
     vocab = bert_vocab()
     own: dict[str, Any] = {
         "context_length": n_context,
@@ -60,6 +71,36 @@ def tiny_encoder(
     }
     shapes = _shapes(architecture, n_embd, n_context, len(vocab["tokenizer.ggml.tokens"]))
     tensors = [_tensor(name, shape, types, table_type, seed) for name, shape in shapes]
+    return write_gguf(path, {key: value for key, value in keys.items() if value is not None}, tensors)
+
+
+def tiny_gemma_embedding(
+    path: Path | str,
+    *,
+    pooling: str | None = "mean",
+    types: str = "F32",
+    dense: int = 0,
+    seed: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Path:
+    """Write a random gemma-embedding model and return its path. Layers 0 and 2 slide, layer 1 sees everything.
+
+    `dense`: the width between the two dense layers, 0 for a file without them. `overrides` are fields of `TinySpec`;
+    the rest is as for `tiny_encoder`.
+    """
+    spec = replace(_GEMMA, **overrides)
+    own: dict[str, Any] = {"attention.causal": False}
+    if pooling is not None:
+        own["pooling_type"] = POOLINGS[pooling]
+    if dense:
+        own |= {"dense_2_feat_in": spec.n_embd, "dense_2_feat_out": dense}
+        own |= {"dense_3_feat_in": dense, "dense_3_feat_out": spec.n_embd}
+    keys = {**{f"{spec.architecture}.{key}": value for key, value in own.items()}, "tokenizer.ggml.add_eos_token": True}
+    keys, tensors = tiny_parts(spec, types, seed, {**keys, **(metadata or {})})
+    if dense:
+        shapes = (("dense_2.weight", (spec.n_embd, dense)), ("dense_3.weight", (dense, spec.n_embd)))
+        tensors += [_tensor(name, shape, types, types, seed) for name, shape in shapes]
     return write_gguf(path, {key: value for key, value in keys.items() if value is not None}, tensors)
 
 

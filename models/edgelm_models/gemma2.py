@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from edgelm.engine.architecture import ModelConfig, rope_spec, sliding_windows
 from edgelm.engine.ir import AttendSpec
 from edgelm.engine.ops import Ops, Tensor, Weights
-from edgelm_models.parts import feed_forward, inverse_sqrt, qkv
+from edgelm_models.parts import between_norms, inverse_sqrt, qkv
 
 if TYPE_CHECKING:
     from edgelm.engine.translation import Config, Translation
@@ -47,9 +47,7 @@ def block(ops: Ops, w: Weights, x: Tensor, layer: int, window: int, cfg: ModelCo
     h = ops.linear(ops.attend(q, k, v, spec), w["attn_output"])
     if layer == cfg.n_layers - 1:
         h, x = ops.select(h), ops.select(x)
-    x = ops.add(ops.rms_norm(h, w["post_attention_norm"], cfg.eps), x)
-    h = feed_forward(ops, w, ops.rms_norm(x, w["ffn_norm"], cfg.eps), "gelu")
-    return ops.add(ops.rms_norm(h, w["post_ffw_norm"], cfg.eps), x)
+    return between_norms(ops, w, h, x, cfg)
 
 
 def from_config(config: Config) -> Translation:

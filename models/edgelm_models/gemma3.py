@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from edgelm.engine.architecture import ModelConfig, rope_spec, sliding_windows
+from edgelm.engine.architecture import ModelConfig, sliding_windows
 from edgelm.engine.ir import AttendSpec
 from edgelm.engine.ops import Ops, Tensor, Weights
-from edgelm_models.parts import feed_forward, inverse_sqrt, qkv
+from edgelm.errors import UnsupportedModel
+from edgelm_models.parts import GEMMA_SLIDING_BASE, between_norms, gemma_heads, inverse_sqrt
 
 if TYPE_CHECKING:
     from edgelm.engine.translation import Config, Translation
@@ -17,7 +18,6 @@ ARCHITECTURES = ("gemma3",)
 MODEL_TYPES = ("gemma3_text", "gemma3")
 
 _PERIOD = 6  # every sixth layer sees everything
-_SLIDING_BASE = 10000.0
 _LAYERS_27B = 62
 # what config.json may leave out: the values of transformers' Gemma3TextConfig
 _DEFAULTS = {
@@ -44,30 +44,26 @@ def record(ops: Ops, w: Weights, cfg: ModelConfig) -> Tensor:
 
 def block(ops: Ops, w: Weights, x: Tensor, layer: int, window: int, cfg: ModelConfig) -> Tensor:
     n_heads, n_kv_heads = cfg.n_heads[layer], cfg.n_kv_heads[layer]
-    sliding = window > 0  # such layers keep plain positions however far the others are stretched
-    base = cfg.meta.float("rope.freq_base_swa", default=_SLIDING_BASE, least=1.0) if sliding else cfg.rope_base
     # the 27B model scales by its width per head, all others by the head's own
     per_head = cfg.n_embd // n_heads if cfg.n_layers == _LAYERS_27B else cfg.head_dim_k
-    h = ops.rms_norm(x, w["attn_norm"], cfg.eps)
-    q, k, v = qkv(ops, w, h, layer, cfg)
-    q = ops.rms_norm(q, w["attn_q_norm"], cfg.eps, groups=n_heads)
-    q = ops.rope(q, rope_spec(cfg, n_heads, neox=True, base=base, scaled=not sliding))
-    k = ops.rms_norm(k, w["attn_k_norm"], cfg.eps, groups=n_kv_heads)
-    k = ops.rope(k, rope_spec(cfg, n_kv_heads, neox=True, base=base, scaled=not sliding))
+    q, k, v = gemma_heads(ops, w, x, layer, window, cfg)
     q = ops.scale(q, inverse_sqrt(per_head))
     spec = AttendSpec(layer, n_heads, n_kv_heads, cfg.head_dim_k, cfg.head_dim_v, 1.0, window=window)
     h = ops.linear(ops.attend(q, k, v, spec), w["attn_output"])
     if layer == cfg.n_layers - 1:
         h, x = ops.select(h), ops.select(x)
-    x = ops.add(ops.rms_norm(h, w["post_attention_norm"], cfg.eps), x)
-    h = feed_forward(ops, w, ops.rms_norm(x, w["ffn_norm"], cfg.eps), "gelu")
-    return ops.add(ops.rms_norm(h, w["post_ffw_norm"], cfg.eps), x)
+    return between_norms(ops, w, h, x, cfg)
 
 
 def from_config(config: Config) -> Translation:
     from edgelm.engine.translation import Translation
     from edgelm_models import configs
 
+    if config.bool("use_bidirectional_attention", False):
+        raise UnsupportedModel(
+            f"{config.path}: tokens see what follows, as in EmbeddingGemma; edgelm embeds texts with GGUF files only, "
+            "use one of those"
+        )
     config = config.with_defaults(_DEFAULTS)
     metadata = configs.common(config, "gelu_pytorch_tanh")
     keys, vectors = configs.rope(config)
@@ -75,7 +71,7 @@ def from_config(config: Config) -> Translation:
     configs.same_scale(config, metadata["embedding_length"] // n_heads if wide else metadata["attention.key_length"])
     local = configs.rope_part(config, "sliding_attention") if config.has("rope_parameters") else config
     metadata |= keys | configs.windows(config, config.int("sliding_window_pattern", _PERIOD, least=1))
-    metadata["rope.freq_base_swa"] = config.float("rope_local_base_freq", local.float("rope_theta", _SLIDING_BASE))
+    metadata["rope.freq_base_swa"] = config.float("rope_local_base_freq", local.float("rope_theta", GEMMA_SLIDING_BASE))
     metadata["final_logit_softcapping"] = config.float("final_logit_softcapping", 0.0, least=0.0)
     names = configs.NAMES | configs.HEAD_NORMS | configs.POST_NORMS
     # of a model that sees, only the text is loaded

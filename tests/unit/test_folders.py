@@ -15,6 +15,7 @@ import edgelm
 from edgelm.engine import foldertext
 from edgelm.engine.folders import open_folder
 from edgelm.engine.health import check
+from edgelm.errors import UnsupportedModel
 from edgelm.files.prepared import listing
 from edgelm.files.safetensors import read_arrays
 from edgelm.testing import ARCHITECTURES, tiny_folder, tiny_model
@@ -107,6 +108,12 @@ def test_of_a_model_that_sees_the_text_is_loaded(tmp_path: Path) -> None:
     parts = {f"language_model.{a.name}": (a.dtype, a.shape, content[a.offset : a.offset + a.n_bytes]) for a in arrays}
     write_safetensors(path, {**parts, "vision_tower.patch.weight": ("F32", (2, 2), bytes(16))})
     assert np.array_equal(evaluate(seeing, IDS), evaluate(plain, IDS))
+
+
+def test_a_folder_that_embeds_texts_is_refused(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, "gemma3", config={"use_bidirectional_attention": True})
+    with pytest.raises(UnsupportedModel, match="GGUF files only"):
+        open_folder(folder)
 
 
 def test_long_contexts_take_the_long_factors(tmp_path: Path) -> None:
