@@ -61,7 +61,8 @@ def judged(path: Path, threads: int, said: Sequence[Answer]) -> dict[str, Any]:
             likeliest = [int(engine.forward(answer.prompt)[-1].argmax())]
             for at in range(0, len(answer.ids) - 1, engine.max_rows):
                 part = answer.ids[at : min(at + engine.max_rows, len(answer.ids) - 1)]
-                likeliest += engine.verify(part, range(-1, len(part) - 1)).best().tolist()
+                rows = engine.verify(part, range(-1, len(part) - 1))
+                likeliest += [int(rows[row].argmax()) for row in range(len(rows))]
                 engine.keep(range(len(part)))
             hits.append([one == other for one, other in zip(likeliest, answer.ids, strict=True)])
         step_ms = 1000 * common.middle(_timed(lambda: engine.forward([answer.ids[-1]])) for _ in range(15))

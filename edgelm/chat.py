@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
+from edgelm.engine.passes import n_common
 from edgelm.errors import ConfigError, ContextOverflow, ModelFileError
 from edgelm.files.writing import whole_or_nothing
 from edgelm.text.respelling import respelled
@@ -164,8 +165,7 @@ class Chat:
             return []
         encode, system = self._model.tokenizer.encode_prompt, self.messages[:1]
         one, other = (encode(self._render(system, [{"role": "user", "content": text}])) for text in ("a", "1"))
-        same = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
-        return one[:same]
+        return one[: n_common(one, other)]
 
     def clear(self) -> None:
         """Forget everything but the system message."""

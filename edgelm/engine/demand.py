@@ -12,6 +12,7 @@ from edgelm.engine.backend import CacheGroup, CacheLayout, PassShape, Session
 from edgelm.engine.ir import SMALL_TABLES, Trace, place
 from edgelm.engine.passes import WIDTHS
 from edgelm.engine.segments import cut
+from edgelm.engine.speculation import lookup, recycling
 from edgelm.engine.state import ALIGN, FLOAT_BYTES, Layout, workspace_bytes
 from edgelm.files.model import TensorInfo
 from edgelm.memory.arena import LayerCache, cache_bytes, capacity
@@ -103,6 +104,7 @@ class Demands(Sequence[Demand]):
         self._model, self._session, self._context = model, session, context
         self._process_bytes, self._max_outputs, self._kept = process_bytes, max_outputs, kept
         self._n_rows, self._draft_bytes = max(n_rows, max_outputs), draft_bytes
+        self._guesses_bytes = recycling.TABLE_BYTES + lookup.BYTES_PER_TOKEN * context if n_rows > 1 else 0
         widest = min(context, kept[0] if kept else context, most_tokens or context)
         if model.encodes:
             self._n_rows = self._max_outputs = context
@@ -167,6 +169,7 @@ class Demands(Sequence[Demand]):
             scratch_bytes=scratch_bytes,
             state_bytes=state,
             reserve_bytes=RESERVE_BYTES
+            + self._guesses_bytes
             + GRAPH_BYTES_PER_OP * len(model.trace.ops) // 4 * most_shapes(self._n_rows) // most_shapes(1)
             + copies * model.n_vocab * FLOAT_BYTES,
             kv=_types_of(self._cache) if any(layer.n_kv_heads for layer in model.layers) else "f16",

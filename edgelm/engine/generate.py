@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edgelm.engine.largest import largest
+from edgelm.engine.passes import n_common
 from edgelm.engine.rows import Rows
 from edgelm.engine.running import Running
 from edgelm.engine.sampling import Logits, Sampler
@@ -42,12 +43,7 @@ class Conversation:
         context = self.engine.plan.context
         if len(ids) >= context:
             raise ContextOverflow(len(ids), context)
-        common = 0
-        for ours, theirs in zip(self._stored, ids[:-1], strict=False):  # the last one is computed for its logits
-            if ours != theirs:
-                break
-            common += 1
-        kept = self.engine.truncate(common)
+        kept = self.engine.truncate(n_common(self._stored, ids[:-1]))  # the last one is computed for its logits
         del self._stored[kept:]
         self._forward(ids[kept:], progress)
         return len(ids) - kept
@@ -152,8 +148,6 @@ def token_ids(
     """
     history = list(prompt)
     engine, count = conversation.engine, 0
-    if speculator is not None:
-        speculator.begin(history)
     new = [_drawn(conversation, sampler, conversation.logits, history, len(prompt))]
     if speculator is not None:
         speculator.begin(history)

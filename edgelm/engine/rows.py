@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.engine.largest import largest
-
 Logits = NDArray[np.float32]
 
 
@@ -33,31 +31,3 @@ class Rows:
             self._whole = np.empty(sum(tile.shape[1] for tile in self._tiles), np.float32)
         np.concatenate([tile[row] for tile in self._tiles], out=self._whole)
         return self._whole
-
-    def best(self) -> NDArray[np.int64]:
-        """Return the id of the largest logit of every row, the lowest among equals: int64 [rows]."""
-        rows = np.arange(len(self))
-        best = np.zeros(len(self), np.int64)
-        highest = np.full(len(self), -np.inf, np.float32)
-        first = 0
-        for tile in self._tiles:
-            ids = tile.argmax(axis=1)
-            values = tile[rows, ids]
-            better = values > highest
-            best[better], highest[better] = ids[better] + first, values[better]
-            first += tile.shape[1]
-        return best
-
-    def top(self, k: int) -> NDArray[np.int64]:
-        """Return the ids of the `k` largest logits of every row, largest first: int64 [rows, k]."""
-        return np.stack([self._top_of(row, k) for row in range(len(self))])
-
-    def _top_of(self, row: int, k: int) -> NDArray[np.int64]:
-        ids, values, first = [], [], 0
-        for tile in self._tiles:
-            found = largest(tile[row], min(k, tile.shape[1]))
-            ids.append(found + first)
-            values.append(tile[row][found])
-            first += tile.shape[1]
-        order = np.argsort(-np.concatenate(values), kind="stable")[:k]
-        return np.concatenate(ids)[order]

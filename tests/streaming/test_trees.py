@@ -65,8 +65,6 @@ def test_rows_see_their_ancestors_only(
             rows = engine.verify(drafted, parents)
             assert engine.n_past == 20
             seen = np.stack([rows[row].copy() for row in range(len(rows))])
-            assert np.array_equal(rows.best(), seen.argmax(axis=1))
-            assert np.array_equal(rows.top(3)[:, 0], seen.argmax(axis=1))
             for leaf in range(len(parents)):
                 engine.truncate(20)
                 for row in path_to(leaf, parents):
@@ -142,8 +140,6 @@ def test_rows_are_put_together_from_tiles(kind: type) -> None:
     logits = np.random.default_rng(3).standard_normal((5, 60)).astype(kind)
     for cuts in ([], [7, 31]):
         rows = Rows(np.split(logits, cuts, axis=1))
-        assert np.array_equal(rows.best(), logits.argmax(axis=1))
-        assert np.array_equal(rows.top(4), np.argsort(-logits.astype(np.float64), axis=1, kind="stable")[:, :4])
         for row in range(len(rows)):
             assert rows[row].dtype == np.float32
             assert np.array_equal(rows[row], logits[row])

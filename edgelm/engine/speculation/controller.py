@@ -27,17 +27,11 @@ def nodes_for(reach: Sequence[float], curve: Curve, most_rows: int) -> int:
     if not curve.seconds(1):  # no pass was measured yet
         return 0
     best, best_n = WORTH / curve.seconds(1), 0
-    expected, done = 1.0, 0
-    for width in WIDTHS:
+    for width in WIDTHS[1:]:
         n = width - 1
-        if width == 1:
-            continue
         if width > most_rows or n > len(reach):
             break
-        while done < n:
-            expected += reach[done]
-            done += 1
-        goodput = expected / curve.seconds(width)
-        if goodput > best:
-            best, best_n = goodput, n
+        promised = goodput(reach, n, curve)
+        if promised > best:
+            best, best_n = promised, n
     return best_n

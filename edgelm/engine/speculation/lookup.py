@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+from edgelm.engine.passes import n_common
 from edgelm.engine.speculation.chances import Chances
 from edgelm.engine.speculation.drafts import Guess
 
@@ -33,11 +34,7 @@ class Lookup:
 
     def begin(self, ids: Sequence[int]) -> None:
         """Take these ids as the text so far; what is known of their beginning is kept."""
-        same = 0
-        for ours, theirs in zip(self._text, ids, strict=False):
-            if ours != theirs:
-                break
-            same += 1
+        same = n_common(self._text, ids)
         if same < len(self._text):
             self._text, self._last, self._before = [], {}, []
             same = 0

@@ -7,9 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from edgelm.engine.largest import largest
+from edgelm.engine.logprobs import log_sum
 from edgelm.engine.speculation.chances import Chances
 from edgelm.engine.speculation.curve import Curve
 from edgelm.engine.speculation.drafts import ROOT
@@ -73,9 +72,8 @@ class ModelDraft:
         """Return the likeliest next tokens with their probabilities, the likeliest first."""
         logits = self._conversation.logits[: self._n_vocab]
         ids = largest(logits, _CHOICES)
-        highest = float(logits[ids[0]])
-        total = float(np.exp(logits - np.float32(highest)).sum(dtype=np.float64))
-        return [(int(token), math.exp(float(logits[token]) - highest) / total) for token in ids]
+        total = log_sum(logits)
+        return [(int(token), math.exp(float(logits[token]) - total)) for token in ids]
 
 
 def _sorted(found: list[tuple[float, int, int, tuple[str, int, int]]], most: int) -> Grown:

@@ -48,10 +48,14 @@ class Speculator:
         self._engine = engine
         self._chances = Chances()
         self._model = ModelDraft(draft, self._chances, engine.n_vocab) if draft is not None else None
-        self._lookup, self._recycling = Lookup(self._chances), Recycling(self._chances)
+        self._forget()
         self._plan, self._curve = engine.plan, Curve(engine.plan)
         self._at_root = Grown()
         self._model_tps, self._model_s = 0.0, 0.0  # what its rounds yielded lately (0: unknown); its time in this round
+
+    def _forget(self) -> None:
+        self._lookup, self._recycling = Lookup(self._chances), Recycling(self._chances)
+        self._n_told = 0
 
     def drop_model(self) -> None:
         """Go on without the draft model."""
@@ -59,8 +63,10 @@ class Speculator:
 
     def begin(self, ids: Sequence[int]) -> None:
         """Take these ids as the text so far; the pass for the last of them is done."""
-        self._lookup.begin(ids)
-        self._recycling.begin(ids)
+        if self._may_guess:
+            self._lookup.begin(ids)
+            self._recycling.begin(ids)
+            self._n_told = len(ids)
 
     @property
     def successors(self) -> int:
@@ -68,8 +74,13 @@ class Speculator:
         return SUCCESSORS if self._recycles else 0
 
     @property
+    def _may_guess(self) -> bool:
+        """Whether the plan has room for guesses, and for what the drafters remember."""
+        return self._engine.max_rows > 1
+
+    @property
     def _recycles(self) -> bool:
-        if self._engine.max_rows < 2:
+        if not self._may_guess:
             return False
         width = min(RECYCLING_WIDTH, self._engine.max_rows)
         return self._curve.seconds(width) < RECYCLING_COST * self._curve.seconds(1)
@@ -82,6 +93,12 @@ class Speculator:
         engine = self._engine
         if engine.plan is not self._plan:  # another budget: other costs
             self._plan, self._curve, self._model_tps = engine.plan, Curve(engine.plan), 0.0
+            if not self._may_guess:
+                self._forget()
+        if not self._may_guess:
+            return NOTHING
+        if len(history) != self._n_told:  # there was no room until now
+            self.begin(history)
         most_rows = min(most_rows, engine.max_rows)
         drafters: list[Drafter] = [self._lookup]
         if self._recycles:
@@ -106,6 +123,8 @@ class Speculator:
 
         `seconds`: what the round took.
         """
+        if not self._may_guess:
+            return
         self._curve.passed(1 + len(draft.ids), seconds)
         if draft.ids:
             for parent, token in zip((ROOT, *path), tokens, strict=True):
@@ -122,6 +141,7 @@ class Speculator:
         for token in tokens:
             self._lookup.append(token)
             self._recycling.append(token)
+        self._n_told += len(tokens)
 
     def recycle(self, token: int, successors: NDArray[np.int64]) -> None:
         """Remember what the model ranked first after a token."""
