@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
-from functools import partial
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from edgelm.adaptive import Monitor
     from edgelm.chat import Chat, Overflow
     from edgelm.engine.embedding import Floats, Pooling
+    from edgelm.guesses import Learned
     from edgelm.structured import Forms
     from edgelm.text.template import ChatTemplate
 
@@ -46,7 +47,9 @@ class Model:
     `template` how chats are rendered, `embeds` whether it turns texts into vectors.
     """
 
-    def __init__(self, opened: Opened, adaptive: bool | Callable[[str], None] = False) -> None:
+    def __init__(
+        self, opened: Opened, adaptive: bool | Callable[[str], None] = False, keep_guesses: bool = False
+    ) -> None:
         self._engine = opened.engine
         self._file, self._replan = opened.file, opened.replan
         self.tokenizer: Tokenizer = opened.tokenizer
@@ -60,11 +63,15 @@ class Model:
         draft = Conversation(opened.draft) if opened.draft is not None else None
         self._speculator = Speculator(opened.engine, draft) if opened.speculate else None
         self.turns = Turns(self._abort)
-        self._template: ChatTemplate | None = None
         self._forms: Forms | None = None
-        self._identity = ""
         self._more_bytes = 0  # what was loaded later than the model, and is not in its plan's process
         self._meter = Meter()
+        self._learned: Learned | None = None
+        if keep_guesses:
+            from edgelm.guesses import Learned
+
+            self._learned = Learned(self._speculator, self._file, self.identity)
+            self.notes += self._learned.recall(opened.engine.n_vocab)
         self.asked_bytes = opened.engine.plan.budget_bytes
         self._monitor: Monitor | None = None
         if adaptive:
@@ -87,14 +94,12 @@ class Model:
         """The opened file: metadata, tensors, architecture."""
         return self._file
 
-    @property
+    @cached_property
     def template(self) -> ChatTemplate:
         """The chat template of the file, or the fallback for it (its `notice` says which)."""
-        if self._template is None:
-            from edgelm.text.template import chat_template_for
+        from edgelm.text.template import chat_template_for
 
-            self._template = chat_template_for(self._file, self.tokenizer)
-        return self._template
+        return chat_template_for(self._file, self.tokenizer)
 
     def stream(self, prompt: str, **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """Yield what follows `prompt`, without a chat template, piece by piece.
@@ -305,14 +310,12 @@ class Model:
             self.notes = (*self.notes, told)
         return computed
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """A key of this model's file: its header, and a sample of every tensor."""
-        if not self._identity:
-            from edgelm.files.identity import identity_of
+        from edgelm.files.identity import identity_of
 
-            self._identity = identity_of(self._file)
-        return self._identity
+        return identity_of(self._file)
 
     def save_cache(self, path: str | PathLike[str]) -> int:
         """Write the keys and values that are stored now to a file, for `load_cache`; return its bytes.
@@ -369,6 +372,8 @@ class Model:
             self._monitor.stop()
 
     def _close(self) -> None:
+        if self._learned is not None:
+            self._learned.keep()
         if self._draft is not None:
             self._draft.close()
         self._engine.close()

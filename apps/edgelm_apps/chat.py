@@ -10,6 +10,7 @@ from edgelm_apps.options import (
     adaptive_option,
     engine_options,
     engine_values,
+    keeping_options,
     model_argument,
     offline_option,
     quiet_option,
@@ -25,15 +26,11 @@ if TYPE_CHECKING:
 @click.command()
 @model_argument(required=False)
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
-@click.option(
-    "--keep-system",
-    is_flag=True,
-    help="Keep what is computed of the system message on flash, for the next start.",
-)
 @quiet_option
 @offline_option
 @engine_options
 @speculation_options
+@keeping_options
 @adaptive_option
 @sampling_options
 def chat(model: str | None, system: str | None, quiet: bool, offline: bool, adaptive: bool, **given: Any) -> int:

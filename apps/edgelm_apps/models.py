@@ -82,7 +82,7 @@ def list_models(as_json: bool) -> None:
 @click.command()
 @model_argument("name", required=False)
 @click.option("--prepared", is_flag=True, help="Only what backends prepared of NAME (also a path), or of all models.")
-@click.option("--prefixes", is_flag=True, help="Only the system messages kept of NAME, or of all models.")
+@click.option("--prefixes", is_flag=True, help="Only the system messages and guesses kept of NAME, or of all.")
 @click.option("--drafts", is_flag=True, help="Only the low-bit copies of NAME (also a path), or of all models.")
 @quiet_option
 def rm(name: str | None, prepared: bool, prefixes: bool, drafts: bool, quiet: bool) -> None:
@@ -92,7 +92,7 @@ def rm(name: str | None, prepared: bool, prefixes: bool, drafts: bool, quiet: bo
     from edgelm_models.pull import locate
 
     if prefixes:
-        what = f"what was kept of system messages of {name or 'all models'}"
+        what = f"what was kept of system messages and guesses of {name or 'all models'}"
         freed = remove_prefixes(locate(name) if name is not None else None)
     elif prepared:
         what = f"what was prepared of {name or 'all models'}"

@@ -180,6 +180,23 @@ def speculation_options(command: F) -> F:
     )(command)
 
 
+def keeping_options(command: F) -> F:
+    """`--keep-system --keep-guesses`: what the next start finds in the cache folder."""
+    return _together(
+        click.option(
+            "--keep-system",
+            is_flag=True,
+            help="Keep what is computed of the system message on flash, for the next start.",
+        ),
+        click.option(
+            "--keep-guesses",
+            is_flag=True,
+            default=None,
+            help="Keep what is learned for guessing tokens on flash, for the next start.",
+        ),
+    )(command)
+
+
 parallel_option = click.option(
     "-n",
     "parallel",
@@ -194,7 +211,19 @@ offline_option = click.option("--offline", is_flag=True, help="Fetch nothing: us
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
-_ENGINE = ("memory", "backend", "threads", "context", "spill", "kv", "simulate", "speculate", "draft", "parallel")
+_ENGINE = (
+    "memory",
+    "backend",
+    "threads",
+    "context",
+    "spill",
+    "kv",
+    "simulate",
+    "speculate",
+    "draft",
+    "keep_guesses",
+    "parallel",
+)
 _SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
     "frequency_penalty", "dry_multiplier", "dry_base", "dry_allowed_length", "top_n_sigma", "xtc_probability",

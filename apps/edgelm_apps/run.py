@@ -16,6 +16,7 @@ from edgelm_apps.options import (
     engine_options,
     engine_values,
     json_option,
+    keeping_options,
     model_argument,
     offline_option,
     parallel_option,
@@ -44,16 +45,12 @@ if TYPE_CHECKING:
 @click.option("--raw", is_flag=True, help="No chat template: the model continues the text itself.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token, for measuring.")
 @click.option("--show-prompt", is_flag=True, help="Show the rendered prompt (stderr; field `prompt` of --json).")
-@click.option(
-    "--keep-system",
-    is_flag=True,
-    help="Keep what is computed of the system message on flash, for the next start.",
-)
 @json_option
 @quiet_option
 @offline_option
 @engine_options
 @speculation_options
+@keeping_options
 @adaptive_option
 @sampling_options
 @parallel_option

@@ -1,4 +1,4 @@
-"""The folder of kept prefixes: keys and values of system messages, on flash.
+"""The folder of kept prefixes: keys and values of system messages, on flash. Beside them what guesses are made from.
 
 Bounded: what is worth least, by tokens, uses and time since the last, goes first. Needs no lock: files appear and
 vanish as a whole, and two processes that make the same one make the same.
@@ -21,7 +21,7 @@ from edgelm.sizes import GB, parse_size
 
 LIMIT_VARIABLE = "EDGELM_PREFIX_LIMIT"
 DEFAULT_LIMIT_BYTES = 1 * GB
-_SUFFIX, _NOTES = ".kv", ".json"
+_SUFFIX, _NOTES, _GUESSES = ".kv", ".json", ".guesses"
 
 
 class KeptPrefix(NamedTuple):
@@ -67,9 +67,14 @@ def make_folder() -> None:
 
 
 def remove(fingerprint: str = "") -> int:
-    """Remove the kept prefixes of the models with this fingerprint, or all; return the bytes freed."""
+    """Remove what is kept for the models with this fingerprint, or for all; return the bytes freed."""
     remove_leftovers(folder())
-    return sum(_unlink(kept) for kept in listing() if kept.path.name.startswith(fingerprint))
+    guesses = 0
+    for path in folder().glob(f"{fingerprint}*{_GUESSES}"):
+        with suppress(OSError):
+            guesses += path.stat().st_size
+            path.unlink()
+    return guesses + sum(_unlink(kept) for kept in listing() if kept.path.name.startswith(fingerprint))
 
 
 def keep_within_limit(newest: Path) -> None:
@@ -113,3 +118,8 @@ def path_of(fingerprint: str, identity: str, types: Sequence[str], prefix: Seque
     types = ["f16" if one == "f32" else one for one in types]
     key = blake2b(f"{identity} {types} {','.join(map(str, prefix))}".encode(), digest_size=16).hexdigest()
     return folder() / f"{fingerprint}-{key}{_SUFFIX}"
+
+
+def guesses_path(fingerprint: str, identity: str) -> Path:
+    """Return where what was learned for guesses is kept for a model: `edgelm.guesses`."""
+    return folder() / f"{fingerprint}-{identity}{_GUESSES}"

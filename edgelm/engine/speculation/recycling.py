@@ -49,8 +49,19 @@ class Recycling:
             guesses.append(Guess(token, key, self._chances.of(key, _FIRST[rank])))
         return guesses
 
+    @property
+    def table(self) -> NDArray[np.uint32]:
+        """Tokens with what came after them: [n, 1 + SUCCESSORS], the ones not met for longest first."""
+        rows = [np.frombuffer(row, np.uint32) for row in self._rows.values()]
+        tokens = np.fromiter(self._rows, np.uint32, len(rows))
+        return np.column_stack([tokens, *(np.reshape(rows, (-1, SUCCESSORS)).T)])
+
+    @table.setter
+    def table(self, table: NDArray[np.uint32]) -> None:
+        self._rows = OrderedDict((int(row[0]), row[1:].tobytes()) for row in table)
+
     def learn(self, token: int, successors: NDArray[np.int64]) -> None:
-        """Remember what the model ranked first after `token`, `SUCCESSORS` ids at the most."""
+        """Remember the `SUCCESSORS` ids that the model ranked first after `token`."""
         self._rows[token] = successors.astype(np.uint32).tobytes()
         self._rows.move_to_end(token)
         if len(self._rows) > MOST_TOKENS:

@@ -147,6 +147,15 @@ class Speculator:
         """Remember what the model ranked first after a token."""
         self._recycling.learn(token, successors)
 
+    @property
+    def table(self) -> NDArray[np.uint32]:
+        """What is known of successors; see `Recycling.table`."""
+        return self._recycling.table
+
+    @table.setter
+    def table(self, table: NDArray[np.uint32]) -> None:
+        self._recycling.table = table
+
     def _outcome(self, key: object, came_true: bool) -> None:
         if key is not None:  # forced tokens were no guess
             self._chances.learn(key, came_true)
