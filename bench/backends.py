@@ -7,7 +7,6 @@ the page cache. Each turn is a process of its own.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -81,7 +80,7 @@ def _tps(what: str, spec: dict[str, Any], backend: str) -> float:
 def _ratio(model: Path, backend: str, threads: int) -> float:
     ids = list(range(1000, 1000 + N_BEFORE + 2 * N_PASSES + 4))
     spec = {"model": str(model), "backend": backend, "threads": threads, "ids": ids}
-    found = common.run([sys.executable, __file__, "--child", json.dumps(spec)]).json()
+    found = common.answer_of_child(__file__, spec)
     return float(found["4"] / found["1"])
 
 
@@ -108,7 +107,4 @@ def _add(report: common.Report, what: str, name: str, turns: dict[str, list[floa
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(passes(json.loads(sys.argv[2]))))
-    else:
-        main()
+    common.main_or_child(main, passes)

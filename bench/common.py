@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -174,6 +174,19 @@ def run(argv: Sequence[str]) -> Finished:
         err.seek(0)
         scale = 1 if sys.platform == "darwin" else 1024
         return Finished(child.returncode, out.read(), err.read(), wall_s, usage.ru_maxrss * scale)
+
+
+def answer_of_child(script: str, spec: Mapping[str, Any]) -> Any:
+    """Return what `script` says of `spec` in a process of its own; see `main_or_child`."""
+    return run([sys.executable, script, "--child", json.dumps(spec)]).json()
+
+
+def main_or_child(main: Callable[[], None], child: Callable[[Any], Any]) -> None:
+    """Run a script: as the child that `answer_of_child` starts, or as it was called."""
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(child(json.loads(sys.argv[2]))))
+    else:
+        main()
 
 
 def edgelm_run(

@@ -5,9 +5,7 @@ python bench/kv.py [--tokens 3000]
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from typing import Any
 
 import common
@@ -51,8 +49,7 @@ def main() -> None:
             for kv in TYPES:
                 spec = {"model": str(common.find_model(name)), "kv": kv, "threads": given.threads}
                 spec |= {"tokens": given.tokens, "score": turn == 0}  # the numbers are the same each time
-                argv = [sys.executable, __file__, "--child", json.dumps(spec)]
-                found[kv].append(common.run(argv).json())
+                found[kv].append(common.answer_of_child(__file__, spec))
         plain = found["f16"][0]
         plain_tps = common.middle(row["decode_tps"] for row in found["f16"])
         for kv in TYPES:
@@ -76,7 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(json.loads(sys.argv[2]))))
-    else:
-        main()
+    common.main_or_child(main, child)

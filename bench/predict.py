@@ -7,9 +7,6 @@ result.
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import common
@@ -70,7 +67,7 @@ def main() -> None:
 def _report(
     report: common.Report, errors: dict[str, list[float]], name: str, budget: int, device: str | None, spec: Any
 ) -> None:
-    found = common.run([sys.executable, str(Path(__file__)), "--child", json.dumps(spec)]).json()
+    found = common.answer_of_child(__file__, spec)
     row: dict[str, Any] = {"model": name, "budget MB": budget, "flash": device or "this machine's", **found}
     predicted, measured = row.pop("predicted"), row.pop("measured")
     for figure, value in measured.items():
@@ -81,7 +78,4 @@ def _report(
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(json.loads(sys.argv[2]))))
-    else:
-        main()
+    common.main_or_child(main, child)

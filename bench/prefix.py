@@ -5,8 +5,6 @@ python bench/prefix.py [--tokens 1000]
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import common
@@ -53,7 +51,7 @@ def main() -> None:
                 for keep in (False, True):
                     spec = {"model": str(model), "backend": backend, "threads": given.threads}
                     spec |= {"system": system, "keep": keep}
-                    row = common.run([sys.executable, __file__, "--child", json.dumps(spec)]).json()
+                    row = common.answer_of_child(__file__, spec)
                     if turn:  # the first one writes the file
                         found[keep].append(row)
             times = {
@@ -80,7 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(json.loads(sys.argv[2]))))
-    else:
-        main()
+    common.main_or_child(main, child)

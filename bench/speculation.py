@@ -9,7 +9,6 @@ wherever the two differ: a flip is counted with the gap between the two best log
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import common
@@ -122,7 +121,7 @@ def main() -> None:
     for setting in settings(given.part, given.models):
         spec = setting | {"threads": given.threads, "kinds": given.kinds, "per_kind": given.per_kind}
         spec |= {"tokens": given.tokens, "identity": given.part == "identity"}
-        rows = common.run([sys.executable, __file__, "--child", json.dumps(spec)]).json()
+        rows = common.answer_of_child(__file__, spec)
         where = {"model": setting["model"].rpartition("/")[2], "backend": rows[0]["backend"]}
         where |= {"budget MB": common.mb(rows[0]["budget_bytes"]), "streamed MB": common.mb(rows[0]["streamed"])}
         if given.part == "identity":
@@ -167,7 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(json.loads(sys.argv[2]))))
-    else:
-        main()
+    common.main_or_child(main, child)

@@ -9,9 +9,7 @@ bandwidth; else 1.10 times the slower of computing alone and reading alone.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -143,8 +141,8 @@ def main() -> None:
             "rounds": args.rounds,
         }  # fmt: skip
         for budget in args.budgets or BUDGETS_MB.get(name, (500, 700)):
-            argv = [sys.executable, __file__, "--child", json.dumps({**spec, "memory": budget * common.MB})]
-            _report(report, name, budget, common.run(argv).json())
+            found = common.answer_of_child(__file__, {**spec, "memory": budget * common.MB})
+            _report(report, name, budget, found)
     report.finish()
 
 
@@ -189,7 +187,4 @@ def _report(report: common.Report, name: str, budget: int, found: dict[str, Any]
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(json.loads(sys.argv[2]))))
-    else:
-        main()
+    common.main_or_child(main, child)

@@ -111,7 +111,7 @@ def main() -> None:
         spec |= {"backend": given.backend, "threads": given.threads, "schemas": given.schemas}
         for setting in SETTINGS:
             spec["setting"] = setting
-            found = common.run([sys.executable, __file__, "--child", json.dumps(spec)]).json()
+            found = common.answer_of_child(__file__, spec)
             ended, invalid = found["ended"], len(found["ended and not valid"])
             percent = round(100 * ended / max(found["schemas"], 1), 1)
             facts = {"ended %": percent, "valid of these": ended - invalid}
@@ -120,7 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(json.loads(sys.argv[2]))))
-    else:
-        main()
+    common.main_or_child(main, child)
