@@ -122,6 +122,7 @@ class Model:
         `keep`: the keys and values of the system message are kept in the cache folder, so that the first answer of the
         next process comes sooner. `tools`: what the model may call, as `{"name", "description", "parameters"}`, with
         parameters a JSON schema; the last chunk of an answer has its `tool_calls`, and `Chat.tool_results` goes on.
+        Warns of `ToolsIgnored` if the model's template leaves them out.
         """
         from edgelm.chat import Chat
 
