@@ -82,13 +82,14 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
             ended = chunks[-1].finish_reason == "stop"
             problem = problem_of(text, schema) if ended else ""
             decode_s = usage.elapsed_s - usage.ttft_s
-            rows.append([name, ended, problem, usage.completion_tokens, usage.sample_s, decode_s])
+            rows.append([name, ended, problem, usage.completion_tokens, usage.sample_s, decode_s, chunks[-1].closed])
     per_token = plain.sample_s / plain.completion_tokens
     extra_s = sum(row[4] - per_token * (row[3] + row[1]) for row in rows)
     return {
         "schemas": len(rows),
         "refused by name": len(refused),
         "ended": sum(row[1] for row in rows),
+        "of these closed near the limit": sum(row[6] for row in rows),
         "ended and not valid": [row[:3] for row in rows if row[2]],
         "tokens": sum(row[3] for row in rows),
         "share of decode time %": round(100 * extra_s / sum(row[5] for row in rows), 2),

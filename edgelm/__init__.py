@@ -25,6 +25,7 @@ from edgelm.errors import (
     ModelNotFound,
     PreparationError,
     TemplateError,
+    ToolsIgnored,
     UnknownBackend,
     UnsupportedModel,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "TemplateError",
     "Timeline",
     "ToolCall",
+    "ToolsIgnored",
     "UnknownBackend",
     "UnsupportedModel",
     "Usage",

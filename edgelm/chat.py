@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from edgelm.engine.passes import n_common
-from edgelm.errors import ConfigError, ContextOverflow, ModelFileError
+from edgelm.errors import ConfigError, ContextOverflow, ModelFileError, ToolsIgnored
 from edgelm.files.writing import whole_or_nothing
 from edgelm.text.respelling import respelled
 from edgelm.text.tools import ToolCall, ToolCallMatcher, checked_tools
@@ -49,6 +50,13 @@ class Chat:
         self._tools = checked_tools(tools)
         self._said: list[int] = []  # the last prompt and its answer: what a model spelled is not spelled anew
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        if self._tools and self.render("x") == model.template.render([*self.messages, _said_by_user("x")]).text:
+            warnings.warn(
+                "the chat template of this model leaves tools out, so it never hears of them; describe them in the "
+                "system message, or force a call with json_schema (docs/structured.md)",
+                ToolsIgnored,
+                stacklevel=3,
+            )
 
     def send(self, text: str, **options: Unpack[Options]) -> str:
         """Return the answer to `text`."""
@@ -56,7 +64,7 @@ class Chat:
 
     def stream(self, text: str, **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """Yield the answer to `text` piece by piece; see `Model.stream`."""
-        return self._answer(self._model.turns.ask(), [{"role": "user", "content": text}], options)
+        return self._answer(self._model.turns.ask(), [_said_by_user(text)], options)
 
     def tool_results(
         self, results: Sequence[tuple[ToolCall, str]], **options: Unpack[Options]
@@ -103,14 +111,14 @@ class Chat:
     def samples(self, text: str, n: int, **options: Unpack[Options]) -> list[Sample]:
         """Return `n` answers to `text`, see `Model.samples`; the conversation stays as it was."""
         most = options.get("max_tokens")
-        _, ids = self._fitting([{"role": "user", "content": text}], most and n * most)
+        _, ids = self._fitting([_said_by_user(text)], most and n * most)
         stops = options.get("stop", ())
         options["stop"] = [*([stops] if isinstance(stops, str) else stops), *self._model.template.stops]
         return self._model.samples_of(ids, n, **options)
 
     def render(self, text: str) -> str:
         """Return the prompt that `text` would lead to, as the model reads it."""
-        return self._render(self.messages, [{"role": "user", "content": text}]).text
+        return self._render(self.messages, [_said_by_user(text)]).text
 
     def save(self, path: str | PathLike[str]) -> str:
         """Write the conversation to `path` as JSON, and what the model has computed of it beside it, in `path` + ".kv".
@@ -164,7 +172,7 @@ class Chat:
         if not self._keep or not self._first_turn:
             return []
         encode, system = self._model.tokenizer.encode_prompt, self.messages[:1]
-        one, other = (encode(self._render(system, [{"role": "user", "content": text}])) for text in ("a", "1"))
+        one, other = (encode(self._render(system, [_said_by_user(text)])) for text in ("a", "1"))
         return one[: n_common(one, other)]
 
     def clear(self) -> None:
@@ -203,6 +211,10 @@ class Chat:
 def _computed(path: Path) -> Path:
     """Return where the keys and values of a saved conversation are."""
     return path.with_name(f"{path.name}.kv")
+
+
+def _said_by_user(text: str) -> Message:
+    return {"role": "user", "content": text}
 
 
 def _answered(text: str, calls: tuple[ToolCall, ...]) -> Message:

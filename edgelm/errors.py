@@ -114,3 +114,7 @@ class Cancelled(EdgeLMError):
     """The caller stopped the generation."""
 
     exit_code = 130
+
+
+class ToolsIgnored(UserWarning):
+    """A chat was given tools, and its template leaves them out: the model never hears of them."""

@@ -105,6 +105,7 @@ class Model:
         """Yield what follows `prompt`, without a chat template, piece by piece.
 
         The last chunk has a `finish_reason`: "stop" (end token or stop string), "length", "cancelled", "timeout".
+        An answer in a form is ended in time for `max_tokens`, which the last chunk then says with `closed`.
         Raises `ContextOverflow` if the prompt leaves no room for an answer.
         """
         return self.stream_turn(self.turns.ask(), lambda: self.tokenizer.encode(prompt), options)
@@ -126,6 +127,7 @@ class Model:
         `keep`: the keys and values of the system message are kept in the cache folder, so that the first answer of the
         next process comes sooner. `tools`: what the model may call, as `{"name", "description", "parameters"}`, with
         parameters a JSON schema; the last chunk of an answer has its `tool_calls`, and `Chat.tool_results` goes on.
+        Warns of `ToolsIgnored` if the model's template leaves them out.
         """
         from edgelm.chat import Chat
 
@@ -161,50 +163,47 @@ class Model:
         ids = encode()
         if not ids:
             raise ConfigError("the prompt is empty; give it at least one token")
-        sampler, ends = self._sampler_of(asked, len(ids)), self._ends_of(asked)
+        room = self.plan.context - len(ids) + 1  # the last token is sampled, not stored
+        limit = min(asked.max_tokens or room, room)
+        sampler, ends = self._sampler_of(asked, len(ids), limit), self._ends_of(asked)
         if asked.n_top is not None:
             sampler = Watched(sampler, asked.n_top)
         clock = Clock(self._engine, self._conversation.counts, self._meter, self.backend, len(ids))
-        return self._run(turn, ids, asked._replace(sampler=sampler), ends, clock, kept)
+        return self._run(turn, ids, asked._replace(sampler=sampler, max_tokens=limit), ends, clock, kept)
 
-    def sampling(self, options: Options) -> tuple[Callable[[int], Sampler], frozenset[int]]:
-        """Return what makes the sampler of one answer to a prompt of so many ids, and the ids that end it.
+    def sampling(self, options: Options) -> tuple[Callable[[int, int], Sampler], frozenset[int]]:
+        """Return what makes the sampler of an answer to a prompt of so many ids, of up to so many, and what ends it.
 
         Raises `ConfigError` for options that make no sense.
         """
         asked = asked_for(options, self.tokenizer)
         return partial(self._sampler_of, asked), self._ends_of(asked)
 
-    def _sampler_of(self, asked: Asked, n_prompt: int) -> Sampler:
-        """Return the sampler for an answer to a prompt of so many ids."""
+    def _sampler_of(self, asked: Asked, n_prompt: int, most: int) -> Sampler:
+        """Return the sampler for an answer of up to `most` ids to a prompt of so many."""
         if asked.form is None:
             return asked.sampler
-        return self._forms_here().constrain(asked.sampler, asked.form, n_prompt)
+        return self._forms_here().constrain(asked.sampler, asked.form, n_prompt, most)
 
     def _ends_of(self, asked: Asked) -> frozenset[int]:
         return frozenset() if asked.ignores_ends and asked.form is None else self.tokenizer.eos_ids
 
     def _run(
-        self,
-        turn: Turn,
-        ids: Sequence[int],
-        asked: Asked,
-        ends: frozenset[int],
-        clock: Clock,
-        kept: Sequence[int],
+        self, turn: Turn, ids: Sequence[int], asked: Asked, ends: frozenset[int], clock: Clock, kept: Sequence[int]
     ) -> Generator[Chunk, None, None]:
         decoder, sampler, matcher = self.tokenizer.incremental(), asked.sampler, asked.matcher
         speculator = self._speculator if asked.speculates else None
         reason: FinishReason | None = None
-        room = self.plan.context - len(ids) + 1  # the last token is sampled, not stored
+        assert asked.max_tokens is not None
         try:
             with self.turns.held(turn, asked.timeout_s):
                 clock.started()
                 breathe = partial(self._breathe, turn)
                 computed = self._provide(kept, breathe) if kept else 0
                 clock.prefilled(computed + self._conversation.prefill(ids, breathe))
-                limit = min(asked.max_tokens or room, room)
-                tokens = token_ids(self._conversation, ids, sampler, max_tokens=limit, ends=ends, speculator=speculator)
+                tokens = token_ids(
+                    self._conversation, ids, sampler, max_tokens=asked.max_tokens, ends=ends, speculator=speculator
+                )
                 while reason is None:
                     try:
                         token = next(tokens)
@@ -222,7 +221,8 @@ class Model:
         except Cancelled:
             reason = turn.stopped or "cancelled"
         rest = matcher.feed(decoder.flush()) + matcher.flush()
-        yield Chunk(rest, None, reason, clock.usage(final=True))
+        closed = reason == "stop" and getattr(sampler, "closed", False)
+        yield Chunk(rest, None, reason, clock.usage(final=True), closed=closed)
 
     def samples(self, prompt: str, n: int, **options: Unpack[Options]) -> list[Sample]:
         """Return `n` answers to `prompt`, computed side by side, the likeliest by mean log-probability first.

@@ -33,7 +33,7 @@ def together(model: Model, conversation: Conversation, ids: Sequence[int], n: in
     stop, timeout_s = options.get("stop", ()), options.get("timeout_s")
     texts = [_Text(model, [stop] if isinstance(stop, str) else tuple(stop)) for _ in range(n)]
     most = longest(conversation.engine, len(ids), n, options.get("max_tokens"))
-    samplers = [Watched(make(len(ids)), 0) for make, _ in made]
+    samplers = [Watched(make(len(ids), most), 0) for make, _ in made]
     turn = model.turns.ask()
     found = [Answer(reason="cancelled") for _ in range(n)]
     try:
@@ -46,10 +46,11 @@ def together(model: Model, conversation: Conversation, ids: Sequence[int], n: in
     except Cancelled:
         pass
     samples = []
-    for answer, text, seed in zip(found, texts, seeds, strict=True):
+    for answer, text, seed, sampler in zip(found, texts, seeds, samplers, strict=True):
         reason = (turn.stopped or "cancelled") if answer.reason == "cancelled" else answer.reason
         assert reason is not None
-        samples.append(Sample(text.whole(), tuple(answer.ids), answer.mean_logprob, reason, seed))
+        closed = reason == "stop" and sampler.closed
+        samples.append(Sample(text.whole(), tuple(answer.ids), answer.mean_logprob, reason, seed, closed))
     return sorted(samples, key=lambda sample: -sample.mean_logprob)
 
 
@@ -61,7 +62,8 @@ def _alone(model: Model, ids: Sequence[int], options: Options) -> Sample:
     assert reason is not None
     tokens = tuple(chunk.token_id for chunk in chunks if chunk.token_id is not None)
     mean = sum(noted) / max(len(noted), 1)
-    return Sample("".join(chunk.text for chunk in chunks), tokens, mean, reason, options.get("seed"))
+    text, closed = "".join(chunk.text for chunk in chunks), chunks[-1].closed
+    return Sample(text, tokens, mean, reason, options.get("seed"), closed)
 
 
 def _with(options: Options, name: str, value: int | None) -> Options:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgelm.closing import Bytes, Ending
 from edgelm.engine.sampling import Logits, Sampler
 from edgelm.errors import ConfigError
 from edgelm.text.tokenizer import Tokenizer
@@ -86,7 +87,9 @@ class Forms:
         self._n_logits = n_logits
         self._ends = tokenizer.eos_ids
         # slices would make some masks faster, and the table twice as large
-        self._table = _library().LLTokenizer(_Words(tokenizer), eos_token=sorted(tokenizer.eos_ids), slices=[])
+        words = _Words(tokenizer)
+        self._table = _library().LLTokenizer(words, eos_token=sorted(tokenizer.eos_ids), slices=[])
+        self._bytes = Bytes(words.tokens)
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
     @staticmethod
@@ -94,8 +97,8 @@ class Forms:
         """Return what a table of this vocabulary takes."""
         return BASE_BYTES + BYTES_PER_TOKEN * tokenizer.n_vocab
 
-    def constrain(self, sampler: Sampler, form: str, n_prompt: int) -> Constrained:
-        """Return a sampler that keeps to `form` in what follows a prompt of `n_prompt` ids.
+    def constrain(self, sampler: Sampler, form: str, n_prompt: int, most: int) -> Constrained:
+        """Return a sampler that keeps to `form` in what follows a prompt of `n_prompt` ids: up to `most`, with the end.
 
         Raises `ConfigError` for a form that makes no sense, or uses what the library does not support.
         """
@@ -107,20 +110,25 @@ class Forms:
                 self._compiled.popitem(last=False)
             self._compiled[form] = matcher
         self._compiled.move_to_end(form)
-        return Constrained(sampler, self._compiled[form].deep_copy(), self._n_logits, self._ends, n_prompt)
+        ending = Ending(self._bytes, self._ends)
+        return Constrained(sampler, self._compiled[form].deep_copy(), self._n_logits, ending, n_prompt, most)
 
 
 class Constrained:
     """A sampler for one answer. Histories must grow: it follows them token by token."""
 
     def __init__(
-        self, sampler: Sampler, matcher: LLMatcher, n_logits: int, ends: frozenset[int], n_prompt: int
+        self, sampler: Sampler, matcher: LLMatcher, n_logits: int, ending: Ending, n_prompt: int, most: int
     ) -> None:
-        self._sampler, self._matcher, self._ends, self._n_seen = sampler, matcher, ends, n_prompt
+        self._sampler, self._matcher, self._ending = sampler, matcher, ending
+        self._n_seen, self._limit = n_prompt, n_prompt + most
         self._mask = np.zeros(-(-n_logits // 32), np.int32)
 
     def __call__(self, logits: Logits, history: Sequence[int]) -> int:
-        """Draw among the tokens that the form allows. Raises `ConfigError` if the form is too complex."""
+        """Draw among the tokens that the form allows, so that the answer can still be ended.
+
+        Raises `ConfigError` if the form is too complex.
+        """
         self._follow(history)
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         if self._matcher.is_error():
@@ -129,7 +137,12 @@ class Constrained:
         if not logits.flags.writeable:
             logits = logits.copy()
         np.copyto(logits, -np.inf, where=allowed == 0)
-        return self._sampler(logits, history)
+        return self._ending.taken(self._matcher, self._sampler(logits, history), self._limit - len(history))
+
+    @property
+    def closed(self) -> bool:
+        """Whether the answer was brought to an end because its limit came near."""
+        return self._ending.closed
 
     def forced(self, history: Sequence[int]) -> Sequence[int]:
         """Return the ids that must come next, if there is no choice."""
@@ -139,7 +152,7 @@ class Constrained:
     def _follow(self, history: Sequence[int]) -> None:
         new = list(history[self._n_seen :])
         self._n_seen = len(history)
-        if new and not self._ends.intersection(new):
+        if new and not self._ending.ends.intersection(new):
             self._matcher.consume_tokens(new)
 
 
@@ -176,6 +189,8 @@ def _sentence(message: str) -> str:
     said = "; ".join(lines[:3])[:300]
     if said.startswith("Unimplemented keys:"):
         return f"the JSON schema uses what is not supported: {said.partition(':')[2].strip()}; leave these keys out"
+    if said.startswith("Unsatisfiable schema:"):
+        return f"the JSON schema allows no answer at all ({lines[0].partition(':')[2].strip()}); do parts contradict?"
     if said.startswith("oneOf constraints"):  # the library's advice is about an option of its own
         return "the JSON schema uses oneOf with cases that may overlap, which is not supported; write anyOf"
     return f"the form of the answer makes no sense: {said}"

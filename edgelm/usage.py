@@ -86,6 +86,8 @@ class Chunk:
     """In the last chunk of a chat with tools: the calls that the model asks for."""
     logprobs: LogProbs | None = None
     """If asked for: the model's log-probability of the token, and of the likeliest alternatives."""
+    closed: bool = False
+    """In the last chunk of an answer in a form: it was brought to an end, since its limit came near."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +108,17 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One of several answers. `mean_logprob`: of its tokens without the end, by the model's own distribution."""
+    """One of several answers. `mean_logprob`: of its tokens without the end, by the model's own distribution.
+
+    `closed`: see `Chunk`.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     mean_logprob: float
     finish_reason: FinishReason
     seed: int | None
+    closed: bool = False
 
 
 SAMPLE_S = 0.02

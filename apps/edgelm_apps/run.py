@@ -121,6 +121,8 @@ def run(model: str, as_json: bool, quiet: bool, offline: bool, show_prompt: bool
         if not quiet and not as_json:
             for line in loaded.notes[told:]:  # what became of a system message that is to be kept
                 note(line)
+            if result["closed"]:
+                note("the answer was brought to an end since its limit came near; --max-tokens gives it more room")
         if as_json:
             print_json(result | {"prompt": rendered} if show_prompt else result)
     return 130 if result["finish_reason"] == "cancelled" else 0
@@ -226,6 +228,7 @@ def _collect(chunks: Generator[Chunk, None, None], say: Callable[[str], None], m
         "prompt_tokens": last.usage.prompt_tokens,
         "completion_tokens": last.usage.completion_tokens,
         "finish_reason": last.finish_reason,
+        "closed": last.closed,
         "backend": last.usage.backend,
         "budget_bytes": last.usage.budget_bytes,
         "simulated": last.usage.simulated,

@@ -45,6 +45,11 @@ class Watched:
         self.noted: deque[LogProbs] = deque()
         self.forced = getattr(sampler, "forced", _nothing)
 
+    @property
+    def closed(self) -> bool:
+        """Whether the sampler brought an answer to an end; see `edgelm.structured`."""
+        return bool(getattr(self._sampler, "closed", False))
+
     def __call__(self, logits: Logits, history: Sequence[int]) -> int:
         total = log_sum(logits)
         ids = largest(logits, min(self._n_top, len(logits))) if self._n_top else ()

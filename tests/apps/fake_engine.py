@@ -52,6 +52,7 @@ class FakeChunk:
     finish_reason: str | None
     usage: FakeUsage
     logprobs: None = None
+    closed: bool = False
 
 
 @dataclass(frozen=True)

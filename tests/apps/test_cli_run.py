@@ -35,7 +35,7 @@ def test_json_has_the_documented_fields(edgelm_command, engine, model_file):
     assert result.err == ""
     assert set(answer) == {
         "text", "token_ids", "prompt_tokens", "completion_tokens", "finish_reason", "backend", "budget_bytes",
-        "simulated", "stats",
+        "simulated", "stats", "closed",
     }  # fmt: skip
     assert set(answer["stats"]) == {
         "ttft_s", "prefill_tps", "decode_tps", "peak_bytes", "bytes_streamed", "predicted_decode_tps",
@@ -204,7 +204,7 @@ def test_several_answers_the_likeliest_first(edgelm_command, engine, model_file)
     assert (engine[0].asked, engine[0].overflow) == ([("none hi", {"temperature": 1.0})], "trim")
     answers = edgelm_command("run", model_file, "hi", "-n", "2", "--raw", "--json").json()["answers"]
     assert [one["text"] for one in answers] == ["hi, 1", "hi, 2"]
-    assert set(answers[0]) == {"text", "token_ids", "mean_logprob", "finish_reason", "seed"}
+    assert set(answers[0]) == {"text", "token_ids", "mean_logprob", "finish_reason", "seed", "closed"}
 
 
 def test_several_answers_have_no_logprobs_of_tokens(edgelm_command, engine, model_file):

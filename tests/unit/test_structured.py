@@ -105,6 +105,7 @@ def test_several_answers_do_not_disturb_each_other(model: edgelm.Model) -> None:
         ({"json_schema": {"if": {}}}, "not supported.*if"),
         ({"json_schema": {"oneOf": [{"type": "string"}, {"minLength": 2}]}}, "not supported; write anyOf"),
         ({"json_schema": False}, "allows no answer"),
+        ({"json_schema": {"allOf": [{"type": "string"}, {"type": "integer"}]}}, "allows no answer at all.*contradict"),
         ({"json_schema": [["type", "string"]]}, "no JSON object.*list"),
         ({"json_schema": {"type": "nope"}}, "makes no sense.*nope"),
         ({"json_schema": {"enum": {1, 2}}}, "no JSON object"),

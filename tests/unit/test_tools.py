@@ -137,3 +137,16 @@ def test_without_tools_nothing_is_held_back(chat_of: Any) -> None:
     text = "".join(chunk.text for chunk in chat.stream("x", max_tokens=60, regex=r'\{"name": "add"\}'))
     assert text == '{"name": "add"}'
     assert "tool_calls" not in chat.messages[-1]
+
+
+def test_a_template_that_leaves_tools_out_is_announced(chat_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = [{"name": "add"}]
+    chat_of(tools=tools)  # its template shows them: no warning, which would be an error here
+    monkeypatch.setattr(chat_of.__self__.template, "_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    monkeypatch.setattr(chat_of.__self__.template, "_compiled", None)
+    chat_of()
+    with pytest.warns(edgelm.ToolsIgnored, match=r"leaves tools out.*json_schema") as caught:
+        chat = chat_of(tools=tools)
+    assert caught[0].filename == __file__
+    chunks = list(chat.stream("x", max_tokens=200, json_schema=call_schema(checked_tools(tools))))
+    assert chunks[-1].tool_calls[0].name == "add"
