@@ -137,6 +137,8 @@ def load(
     spill: bool = True,
     kv: str = "f16",
     parallel: int = 1,
+    attention: str = "exact",
+    kept: float | None = None,
     adaptive: bool | Callable[[str], None] = False,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
@@ -160,6 +162,9 @@ def load(
     folder, and are read back for every token: the answer is the same; `spill=False` raises `BudgetTooSmall` instead.
     `parallel` is the number of answers to one prompt that `Model.samples` is to have room for, however little memory
     there is. The context holds all of them: the prompt once, and the tokens of each.
+    `attention="filtered"` makes answers to long prompts approximate: a prompt that is longer than the share `kept` of
+    the context (0.25 unless given) is read by the first blocks alone, and the rest of the model sees only the tokens
+    that those attend to. The cache is planned for these and 256 tokens of an answer; nothing goes to flash.
     `simulate` names one of `devices()`: reading weights is slowed down to that device's flash, and its budget and
     threads stand in for those not given; the processor stays this machine's own.
 
@@ -171,7 +176,9 @@ def load(
     from edgelm.opening import open_engine
 
     drafted_by = None if draft is None else fspath(draft)
-    wishes = Wishes(memory, backend, threads, context, simulate, 1, speculate, drafted_by, kv, spill, parallel)
+    wishes = Wishes(
+        memory, backend, threads, context, simulate, 1, speculate, drafted_by, kv, spill, parallel, attention, kept
+    )
     return Model(open_engine(path, wishes, progress, notice), adaptive)
 
 

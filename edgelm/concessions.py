@@ -18,6 +18,8 @@ def concessions(plan: Plan, wanted: int) -> tuple[str, ...]:
     chunk = (plan.prompts or plan).chunk
     if chunk < min(CHUNKS[0], plan.context):
         notes.append(f"prompts are read in passes of {chunk} tokens instead of {CHUNKS[0]}")
+    if plan.approximate:
+        notes.append(f"answers are approximate: {plan.approximate}")
     if plan.demand.kv not in ("f16", "f32"):
         notes.append(f"keys and values are kept as {plan.demand.kv} instead of f16")
     spill = plan.demand.spill
