@@ -162,9 +162,10 @@ def load(
     folder, and are read back for every token: the answer is the same; `spill=False` raises `BudgetTooSmall` instead.
     `parallel` is the number of answers to one prompt that `Model.samples` is to have room for, however little memory
     there is. The context holds all of them: the prompt once, and the tokens of each.
-    `attention="filtered"` makes answers to long prompts approximate: a prompt that is longer than the share `kept` of
-    the context (0.25 unless given) is read by the first blocks alone, and the rest of the model sees only the tokens
-    that those attend to. The cache is planned for these and 256 tokens of an answer; nothing goes to flash.
+    `attention` other than "exact" makes answers to prompts approximate that are longer than the share `kept` of the
+    context (0.25 unless given); the cache is planned for these and 256 tokens of an answer. "important": a prompt is
+    read exactly, with what has no room on flash, then each layer keeps the tokens that its end attends to. "filtered":
+    the first blocks read it alone, and the rest of the model sees only the tokens that these attend to.
     `simulate` names one of `devices()`: reading weights is slowed down to that device's flash, and its budget and
     threads stand in for those not given; the processor stays this machine's own.
 

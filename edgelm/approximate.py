@@ -5,8 +5,8 @@ from __future__ import annotations
 from edgelm.engine.wishes import Wishes
 from edgelm.errors import ConfigError
 
-KINDS = ("exact", "filtered")
-"""`filtered`: see `edgelm.engine.filtering`."""
+KINDS = ("exact", "important", "filtered")
+"""`important`: see `edgelm.engine.important`; `filtered`: see `edgelm.engine.filtering`."""
 KEPT = 0.25
 """Share of the context that is kept of a longer prompt, unless another one is asked for."""
 
@@ -20,7 +20,7 @@ def kept_share(wishes: Wishes) -> float | None:
         raise ConfigError(f"unknown attention {wishes.attention!r} (known: {', '.join(KINDS)})")
     if wishes.attention == "exact":
         if wishes.kept is not None:
-            raise ConfigError("exact attention keeps everything; leave kept out, or ask for attention='filtered'")
+            raise ConfigError("exact attention keeps everything; leave kept out, or ask for another attention")
         return None
     kept = KEPT if wishes.kept is None else wishes.kept
     if not 0 < kept <= 1:
@@ -32,3 +32,8 @@ def kept_share(wishes: Wishes) -> float | None:
     if wishes.parallel > 1:
         raise ConfigError("approximate attention gives one answer at a time; leave it out, or ask for one answer")
     return kept if kept < 1 else None
+
+
+def guesses(wishes: Wishes) -> bool:
+    """Say whether tokens are guessed and verified: not in a bounded cache, whose places depend on how tokens come."""
+    return wishes.speculate and (wishes.attention != "important" or kept_share(wishes) is None)

@@ -23,7 +23,12 @@ def concessions(plan: Plan, wanted: int) -> tuple[str, ...]:
     if plan.demand.kv not in ("f16", "f32"):
         notes.append(f"keys and values are kept as {plan.demand.kv} instead of f16")
     spill = plan.demand.spill
-    if spill is not None and spill.file_bytes:
+    if plan.approximate and spill is not None and spill.file_bytes:
+        notes.append(
+            f"while a prompt is read, keys and values that have no room, up to {human(spill.file_bytes)}, are written "
+            f"to {cache_dir()} (a file that vanishes at the end; writing wears flash)"
+        )
+    elif spill is not None and spill.file_bytes:
         notes.append(
             f"the newest {spill.resident} tokens' keys and values stay in memory, as f16; older ones, up to "
             f"{human(spill.file_bytes)}, are written to {cache_dir()} (a file that vanishes at the end; writing wears "

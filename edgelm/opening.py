@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from edgelm.approximate import kept_share
+from edgelm.approximate import guesses, kept_share
 from edgelm.concessions import concessions, old_tables
 from edgelm.engine.backend import Backend, Session
 from edgelm.engine.calibration import measured_rates
@@ -170,7 +170,7 @@ def open_engine(
     notes += old_tables(ready.file)
     replanned = Replanning(ready.prepared, engine)
     embeds = ready.prepared.model.encodes
-    speculate = wishes.speculate and not embeds
+    speculate = guesses(wishes) and not embeds
     facts = (ready.file, ready.tokenizer, engine, replanned, ready.backend, notes, ready.lost)
     return Opened(*facts, speculate, draft, embeds)
 
@@ -272,8 +272,10 @@ def _with_backend(
     wishes = asked.wishes
     request = Request(
         asked.budget_bytes, wishes.context, asked.n_threads, wishes.max_outputs, wishes.speculate, wishes.kv,
-        spill=wishes.spill, parallel=wishes.parallel, kept=kept_share(wishes),
+        spill=wishes.spill, parallel=wishes.parallel,
     )  # fmt: skip
+    if (kept := kept_share(wishes)) is not None:
+        request = replace(request, attention=wishes.attention, kept=kept, speculate=guesses(wishes))
     prompts, answers = split_name(name)
     parts: list[Part] = []
     try:

@@ -85,9 +85,10 @@ _no_spill = click.option(
 _approximate = (
     click.option(
         "--attention",
-        type=click.Choice(["exact", "filtered"]),
-        help="filtered: APPROXIMATE. The first blocks read a long prompt, and the model sees only the tokens that they "
-        "attend to. [default: exact]",
+        type=click.Choice(["exact", "important", "filtered"]),
+        help="APPROXIMATE unless exact. important: of a long prompt, each layer keeps the tokens that its end attends "
+        "to. filtered: the first blocks read it, and the rest see only the tokens that these attend to. "
+        "[default: exact]",
     ),
     click.option(
         "--kept",

@@ -157,7 +157,7 @@ class Demands(Sequence[Demand]):
         model = self._model
         windows = {layer.group: layer.window for layer in model.layers}
         cached, kv_bytes = self._kept or (chunk, cache_bytes(model.layers, self._context, chunk, self._cache))
-        filtering = self._filtering
+        filtering, important = self._filtering, self.spilling.n_kept if self.spilling else 0
         if filtering is not None:
             kv_bytes = filtering.kv_bytes(model.layers, self._context, cached, self._cache)
         places = {group: capacity(window, self._context, cached, self._cache) for group, window in windows.items()}
@@ -168,7 +168,7 @@ class Demands(Sequence[Demand]):
         return Demand(
             process_bytes=self._process_bytes,
             constants_bytes=model.constants.span_bytes,
-            kv_bytes=kv_bytes + (spill.memory_bytes if spill else 0),
+            kv_bytes=kv_bytes + (self.spilling.kv_bytes(spill) if self.spilling and spill else 0),
             chunk=chunk,
             scratch_bytes=scratch_bytes,
             state_bytes=state,
@@ -180,8 +180,8 @@ class Demands(Sequence[Demand]):
             n_rows=self._n_rows,
             spill=spill,
             spill_bytes=spill_bytes,
-            attention="filtered" if filtering else "exact",
-            n_kept=filtering.n_kept if filtering else 0,
+            attention="filtered" if filtering else "important" if important else "exact",
+            n_kept=filtering.n_kept if filtering else important,
             places=filtering.places if filtering else 0,
         )
 

@@ -52,21 +52,25 @@ class Filtering(NamedTuple):
     def kv_bytes(self, layers: Sequence[LayerCache], context: int, chunk: int, cache: CacheLayout) -> int:
         """Return the memory of the larger of two caches that never hold anything at the same time."""
         keys_bytes = context * self.spec.n_kv_heads * self.spec.head_dim_k * KEY_BYTES
-        looking = cache_bytes(self.looking, context, chunk, cache) + keys_bytes + self.ranking_bytes(context)
+        looking = cache_bytes(self.looking, context, chunk, cache) + keys_bytes + context * ranking_bytes(self.spec)
         return max(looking, cache_bytes(layers, self.places, chunk, cache))
 
-    def ranking_bytes(self, context: int) -> int:
-        """Return the memory of the scores of one position, their copies for a moment, and their sums."""
-        return context * (3 * self.spec.n_heads + 8) * 4
+
+def ranking_bytes(spec: AttendSpec) -> int:
+    """Return the memory for each place that is ranked: scores of one position, copies for a moment, and sums."""
+    return (3 * spec.n_heads + 8) * 4
 
 
-def filtering_of(model: Model, context: int, kept: float | None) -> Filtering | None:
-    """Return how prompts of up to `context` tokens are filtered: down to the share `kept` of it. None: not at all.
+def kept_tokens(context: int, kept: float) -> int:
+    """Return how many tokens the share `kept` of a context is: never fewer than are kept whatever their rank."""
+    return min(max(round(kept * context), FIRST + LAST), context)
+
+
+def filtering_of(model: Model, context: int, kept: float) -> Filtering:
+    """Return how prompts of up to `context` tokens are filtered: down to the share `kept` of it.
 
     Raises `UnsupportedModel` for a model that embeds texts, or if no layer behind the first sees the whole prompt.
     """
-    if kept is None:
-        return None
     if model.encodes:
         raise UnsupportedModel("a model that embeds texts reads all of them; leave out the approximate attention")
     attends = [(op.params, op.inputs) for op in model.trace.ops if isinstance(op.params, AttendSpec)]
@@ -79,7 +83,7 @@ def filtering_of(model: Model, context: int, kept: float | None) -> Filtering | 
     deepest = max(sum(spec.layer <= DEPTH * len(attends) for spec, _ in seeing), 1)
     spec, (query, key, _) = seeing[deepest - 1]
     looking = tuple(one if i < spec.layer else one._replace(n_kv_heads=0) for i, one in enumerate(model.layers))
-    n_kept = min(max(round(kept * context), FIRST + LAST), context)
+    n_kept = kept_tokens(context, kept)
     return Filtering(spec.layer, spec, (query, key), looking, n_kept, min(n_kept + ANSWER_TOKENS, context))
 
 

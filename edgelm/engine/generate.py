@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edgelm.engine.filtered import FilteredEngine
+from edgelm.engine.important import ImportantEngine
 from edgelm.engine.largest import largest
 from edgelm.engine.rows import Rows
 from edgelm.engine.running import Running
@@ -53,6 +54,8 @@ class Conversation:
         kept = self.engine.truncate(common)
         del self._stored[kept:]
         self._forward(ids[kept:], progress)
+        if isinstance(self.engine, ImportantEngine):
+            self.engine.compress()
         return len(ids) - kept
 
     def _prefill_filtered(

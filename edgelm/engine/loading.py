@@ -17,8 +17,9 @@ from edgelm.engine.drafted_rows import most_rows
 from edgelm.engine.filtered import FilteredEngine
 from edgelm.engine.filtering import Filtering, filtering_of
 from edgelm.engine.forward import Engine
+from edgelm.engine.important import ImportantEngine
 from edgelm.engine.registry import get_architecture
-from edgelm.engine.spilling import Spilling, open_spilled, spilling_of
+from edgelm.engine.spilling import Spilling, bounded_of, open_spilled, spilling_of
 from edgelm.errors import BudgetTooSmall, ConfigError, UnsupportedModel
 from edgelm.files.index import is_folder, is_genai_folder, open_indexed
 from edgelm.files.meta import Meta
@@ -56,8 +57,9 @@ class Request:
     spill: bool = True
     parallel: int = 1
     """Answers side by side that there is to be room for."""
-    kept: float | None = None
-    """Share of the context that a filtered prompt may have; None: prompts are read as they are, exactly."""
+    attention: str = "exact"
+    kept: float = 1.0
+    """What approximates attention, if anything, and the share of the context that it keeps."""
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < MIN_CONTEXT:
@@ -200,17 +202,21 @@ def _prepare(
         check_types(model, backend)
         terms = Terms(context, rates, can.streams, isinstance(session, Adopting))
         rest = (session, context, process_bytes, request.max_outputs, cache)
-        filtering = filtering_of(model, context, request.kept)
+        filtering = filtering_of(model, context, request.kept) if request.attention == "filtered" else None
         demands = partial(Demands, draft_bytes=request.draft_bytes, filtering=filtering)
         common = (session, request, file, process_bytes, rates, pattern, can.streams, cache)
         try:
-            plan = with_rows(model, partial(demands, model, *rest), request, request.budget_bytes, terms)
-            return Prepared(model, plan, *common, filtering=filtering)
+            bounded: Spilling | None = None
+            if request.attention == "important":
+                model, bounded = bounded_of(model, context, request.kept, request.n_threads)
+            with_all = partial(demands, model, *rest, spilling=bounded)
+            plan = with_rows(model, with_all, request, request.budget_bytes, terms)
+            return Prepared(model, plan, *common, filtering=filtering, spilling=bounded)
         except BudgetTooSmall as refused:
             if request.context is None and context > 512:
                 context //= 2
                 continue
-            spills = request.spill and request.context and request.parallel == 1 and filtering is None
+            spills = request.spill and request.context and request.parallel == 1 and request.attention == "exact"
             found = spilling_of(model, request.n_threads) if spills else None
             if found is None:
                 raise
@@ -269,7 +275,7 @@ def build(
         if prepared.spilling is not None:
             times = Times()
             spilled = open_spilled(prepared.spilling, plan, session, times, beside)
-            make = partial(make, times=times, spilled=spilled)
+            make = partial(ImportantEngine if prepared.spilling.n_kept else make, times=times, spilled=spilled)
         if prepared.filtering is not None:
             make = partial(FilteredEngine, filtering=prepared.filtering)
         engine = make(model, plan, pinned, arena, store, session, n_threads, outputs, prepared.pattern)
@@ -291,18 +297,10 @@ def replan(prepared: Prepared, engine: Engine, budget_bytes: int) -> Plan:
     """
     model, request, arena, context = prepared.model, prepared.request, engine.arena, engine.plan.context
     demands = partial(
-        Demands,
-        model,
-        prepared.session,
-        context,
-        prepared.process_bytes,
-        request.max_outputs,
-        arena.layout,
-        kept=(arena.chunk, arena.n_bytes),
-        draft_bytes=request.draft_bytes,
-        spilling=prepared.spilling,
+        Demands, model, prepared.session, context, prepared.process_bytes, request.max_outputs, arena.layout,
+        kept=(arena.chunk, arena.n_bytes), draft_bytes=request.draft_bytes, spilling=prepared.spilling,
         filtering=prepared.filtering,
-    )
+    )  # fmt: skip
     terms = Terms(context, prepared.rates, prepared.streams, isinstance(prepared.session, Adopting))
     return with_rows(model, demands, request, budget_bytes, terms)
 

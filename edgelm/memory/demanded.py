@@ -38,8 +38,8 @@ class Demand(NamedTuple):
 
     @property
     def spilled_bytes(self) -> int:
-        """Bytes of the cache that lie on flash when the context is full; each pass then reads them."""
-        return self.spill.file_bytes if self.spill else 0
+        """Bytes of the cache that lie on flash when the context is full; each token then reads them."""
+        return self.spill.file_bytes if self.spill and self.attention == "exact" else 0
 
     @property
     def total_bytes(self) -> int:

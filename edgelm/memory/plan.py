@@ -76,7 +76,8 @@ class Plan:
         """What makes answers approximate, in a sentence; None if nothing does."""
         if self.demand.attention == "exact":
             return None
-        return f"{self.demand.attention} attention: of a longer prompt {self.demand.n_kept} tokens are kept"
+        spilled = " of each layer, on average" if self.demand.spill else ""
+        return f"{self.demand.attention} attention: of a longer prompt {self.demand.n_kept} tokens are kept{spilled}"
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -160,6 +161,11 @@ class Plan:
             reads.append(0.0 if i in self.pinned else unit.span_bytes / rates.flash_bytes_per_s)
         return pass_s(compute, reads, self.n_slots)
 
+    @property
+    def _kv_resident(self) -> int:
+        spill = self.demand.spill
+        return self.demand.n_kept or (spill.resident if spill else self.context)
+
     def items(self) -> tuple[tuple[str, int], ...]:
         """Every part of the budget by name; what is left is `unused`."""
         items = (*self.demand.items(), ("weights pinned", self.pinned_bytes), ("slots for streaming", self.slots_bytes))
@@ -179,7 +185,7 @@ class Plan:
             "pinned_bytes": self.pinned_bytes,
             "streamed_bytes_per_pass": self.streamed_bytes,
             "kv_spilled_bytes": self.demand.spilled_bytes,
-            "kv_resident_tokens": self.demand.spill.resident if self.demand.spill else self.context,
+            "kv_resident_tokens": self._kv_resident,
             "slot_bytes": self.slot_bytes,
             "n_slots": self.n_slots,
             "units": len(self.units),

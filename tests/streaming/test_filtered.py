@@ -49,7 +49,7 @@ def prepared_at(path: Path, budget_bytes: int, backend: str = "numpy", kept: flo
     chosen = get_backend(need(backend))
     session = chosen.open(1)
     try:
-        request = Request(budget_bytes, CONTEXT, 1, speculate=False, kept=kept)
+        request = Request(budget_bytes, CONTEXT, 1, speculate=False, attention="filtered", kept=kept)
         return prepare(in_layout(path, chosen), chosen, session, request, 0, None)
     except BaseException:
         session.close()

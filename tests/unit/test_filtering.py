@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from edgelm.approximate import KEPT, kept_share
 from edgelm.engine.architecture import record
 from edgelm.engine.demand import Model, describe
-from edgelm.engine.filtering import FIRST, LAST, NEIGHBOURS, Filtering, chosen, filtering_of, ranked
+from edgelm.engine.filtering import FIRST, LAST, NEIGHBOURS, chosen, filtering_of, ranked
 from edgelm.engine.ir import AttendSpec
 from edgelm.engine.loading import open_path
 from edgelm.engine.registry import get_architecture
@@ -29,12 +29,6 @@ CONTEXT = 2048
 def model_of(folder: Path, name: str, context: int = CONTEXT) -> Model:
     file = open_path(tiny_model(folder / f"{name}.gguf", name))
     return describe(record(get_architecture(file.architecture), file, context), file.tensors, file.gathered)
-
-
-def filtering(model: Model, kept: float) -> Filtering:
-    found = filtering_of(model, CONTEXT, kept)
-    assert found is not None
-    return found
 
 
 @given(n=st.integers(1, 300), n_kept=st.integers(FIRST + LAST, 300), seed=st.integers(0, 99))
@@ -83,11 +77,14 @@ def test_ranks_are_causal_attention_summed_over_heads_and_the_last_positions(sof
 def test_the_cache_is_smaller_the_less_is_kept(tmp_path: Path) -> None:
     model = model_of(tmp_path, "llama")
     whole = cache_bytes(model.layers, CONTEXT, 512)
-    sizes = [filtering(model, kept).kv_bytes(model.layers, CONTEXT, 512, USUAL) for kept in (0.05, 0.25, 0.5, 0.8)]
+    sizes = [
+        filtering_of(model, CONTEXT, kept).kv_bytes(model.layers, CONTEXT, 512, USUAL)
+        for kept in (0.05, 0.25, 0.5, 0.8)
+    ]
     assert sizes == sorted(sizes)
     assert sizes[-1] < whole
     for kept in (0.001, 0.25, 0.5, 1.0):
-        found = filtering(model, kept)
+        found = filtering_of(model, CONTEXT, kept)
         assert found.n_kept == max(round(kept * CONTEXT), FIRST + LAST)
         assert found.n_kept < found.places <= CONTEXT or kept == 1.0
 
@@ -95,7 +92,7 @@ def test_the_cache_is_smaller_the_less_is_kept(tmp_path: Path) -> None:
 def test_a_layer_that_sees_everything_ranks(tmp_path: Path) -> None:
     for name in ("llama", "gemma3", "gemma2"):
         model = model_of(tmp_path, name)
-        found = filtering(model, 0.25)
+        found = filtering_of(model, CONTEXT, 0.25)
         assert not found.spec.window
         assert found.layer == found.spec.layer > 0
         assert [one.n_kv_heads > 0 for one in found.looking] == [i < found.layer for i in range(len(model.layers))]
