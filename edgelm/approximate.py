@@ -31,6 +31,10 @@ def kept_share(wishes: Wishes) -> float | None:
         raise ConfigError("a draft model reads whole prompts; leave it out, or the approximate attention")
     if wishes.parallel > 1:
         raise ConfigError("approximate attention gives one answer at a time; leave it out, or ask for one answer")
+    if wishes.attention == "important" and not wishes.spill:
+        raise ConfigError(
+            "important attention puts on flash what has no room while a prompt is read; allow that, or use 'filtered'"
+        )
     return kept if kept < 1 else None
 
 

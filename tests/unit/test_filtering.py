@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.approximate import KEPT, kept_share
+from edgelm.approximate import KEPT, guesses, kept_share
 from edgelm.engine.architecture import record
 from edgelm.engine.demand import Model, describe
 from edgelm.engine.filtering import FIRST, LAST, NEIGHBOURS, chosen, filtering_of, ranked
@@ -57,7 +57,7 @@ def test_a_needle_that_the_end_looks_for_is_kept_with_its_neighbours(place: int,
     queries[-asking] *= 3
     keys[place] = 3 * queries[-asking].reshape(2, 2, 8).mean(axis=1)
     kept = chosen(ranked(queries, keys, SPEC), FIRST + LAST + NEIGHBOURS)
-    assert set(range(place - NEIGHBOURS // 2, place + NEIGHBOURS // 2 + 1)) <= set(kept) | set(range(FIRST))
+    assert set(range(max(place - NEIGHBOURS // 2, 0), place + NEIGHBOURS // 2 + 1)) <= set(kept)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -112,6 +112,9 @@ def test_exact_is_the_default() -> None:
     assert kept_share(Wishes()) is None
     assert kept_share(Wishes(attention="filtered")) == KEPT
     assert kept_share(Wishes(attention="filtered", kept=1.0)) is None
+    assert guesses(Wishes(attention="filtered"))
+    assert not guesses(Wishes(attention="important"))  # places would depend on how many tokens come at a time
+    assert guesses(Wishes(attention="important", kept=1.0))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +127,7 @@ def test_exact_is_the_default() -> None:
         ({"attention": "filtered", "backend": "npu+numpy"}, "one backend"),
         ({"attention": "filtered", "draft": "auto"}, "draft model reads whole prompts"),
         ({"attention": "filtered", "parallel": 4}, "one answer at a time"),
+        ({"attention": "important", "spill": False}, "on flash"),
     ],
 )
 def test_what_cannot_work_is_refused(wishes: dict[str, object], why: str) -> None:
