@@ -140,6 +140,8 @@ def load(
     spill: bool = True,
     kv: str = "f16",
     parallel: int = 1,
+    attention: str = "exact",
+    kept: float | None = None,
     adaptive: bool | Callable[[str], None] = False,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
@@ -165,6 +167,10 @@ def load(
     folder, and are read back for every token: the answer is the same; `spill=False` raises `BudgetTooSmall` instead.
     `parallel` is the number of answers to one prompt that `Model.samples` is to have room for, however little memory
     there is. The context holds all of them: the prompt once, and the tokens of each.
+    `attention` other than "exact" makes answers to prompts approximate that are longer than the share `kept` of the
+    context (0.25 unless given); the cache is planned for these and 256 tokens of an answer. "important": a prompt is
+    read exactly, with what has no room on flash, then each layer keeps the tokens that its end attends to. "filtered":
+    the first blocks read it alone, and the rest of the model sees only the tokens that these attend to.
     `simulate` names one of `devices()`: reading weights is slowed down to that device's flash, and its budget and
     threads stand in for those not given; the processor stays this machine's own.
 
@@ -176,7 +182,9 @@ def load(
     from edgelm.opening import open_engine
 
     drafted_by = None if draft is None else fspath(draft)
-    wishes = Wishes(memory, backend, threads, context, simulate, 1, speculate, drafted_by, kv, spill, parallel)
+    wishes = Wishes(
+        memory, backend, threads, context, simulate, 1, speculate, drafted_by, kv, spill, parallel, attention, kept
+    )
     return Model(open_engine(path, wishes, progress, notice), adaptive, keep_guesses)
 
 

@@ -18,10 +18,17 @@ def concessions(plan: Plan, wanted: int) -> tuple[str, ...]:
     chunk = (plan.prompts or plan).chunk
     if chunk < min(CHUNKS[0], plan.context):
         notes.append(f"prompts are read in passes of {chunk} tokens instead of {CHUNKS[0]}")
+    if plan.approximate:
+        notes.append(f"answers are approximate: {plan.approximate}")
     if plan.demand.kv not in ("f16", "f32"):
         notes.append(f"keys and values are kept as {plan.demand.kv} instead of f16")
     spill = plan.demand.spill
-    if spill is not None and spill.file_bytes:
+    if plan.approximate and spill is not None and spill.file_bytes:
+        notes.append(
+            f"while a prompt is read, keys and values that have no room, up to {human(spill.file_bytes)}, are written "
+            f"to {cache_dir()} (a file that vanishes at the end; writing wears flash)"
+        )
+    elif spill is not None and spill.file_bytes:
         notes.append(
             f"the newest {spill.resident} tokens' keys and values stay in memory, as f16; older ones, up to "
             f"{human(spill.file_bytes)}, are written to {cache_dir()} (a file that vanishes at the end; writing wears "

@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from edgelm.approximate import guesses, kept_share
 from edgelm.concessions import concessions, old_tables
 from edgelm.engine.backend import Backend, Session
 from edgelm.engine.calibration import measured_rates
@@ -169,7 +170,7 @@ def open_engine(
     notes += old_tables(ready.file)
     replanned = Replanning(ready.prepared, engine)
     embeds = ready.prepared.model.encodes
-    speculate = wishes.speculate and not embeds
+    speculate = guesses(wishes) and not embeds
     facts = (ready.file, ready.tokenizer, engine, replanned, ready.backend, notes, ready.lost)
     return Opened(*facts, speculate, draft, embeds)
 
@@ -187,10 +188,14 @@ def plan(
     spill: bool = True,
     kv: str = "f16",
     parallel: int = 1,
+    attention: str = "exact",
+    kept: float | None = None,
 ) -> Plan:
     """Return the plan that `load` would carry out, without reading weights. Raises what `load` raises."""
     drafted_by = None if draft is None else os.fspath(draft)
-    wishes = Wishes(memory, backend, threads, context, simulate, 1, speculate, drafted_by, kv, spill, parallel)
+    wishes = Wishes(
+        memory, backend, threads, context, simulate, 1, speculate, drafted_by, kv, spill, parallel, attention, kept
+    )
     if is_genai_folder(path):
         from edgelm.opening_graph import graph_plan
 
@@ -211,6 +216,7 @@ def get_ready(
     Takes the first of the chosen backends that goes through with it. `host_bytes`: this is done on trial for another
     process, which takes so much.
     """
+    kept_share(wishes)  # what cannot work is said before anything is done
     device = device_of(wishes.simulate, wishes.threads)
     n_threads = threads_of(wishes.threads, device)
     tune_allocator()
@@ -268,6 +274,8 @@ def _with_backend(
         asked.budget_bytes, wishes.context, asked.n_threads, wishes.max_outputs, wishes.speculate, wishes.kv,
         spill=wishes.spill, parallel=wishes.parallel,
     )  # fmt: skip
+    if (kept := kept_share(wishes)) is not None:
+        request = replace(request, attention=wishes.attention, kept=kept, speculate=guesses(wishes))
     prompts, answers = split_name(name)
     parts: list[Part] = []
     try:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from edgelm.approximate import kept_share
 from edgelm.engine.backend import GraphSession
 from edgelm.engine.cache_types import AUTO, parse_types
 from edgelm.engine.choosing import Candidate
@@ -82,6 +83,10 @@ def _get_ready(path: Path, wishes: Wishes) -> _Ready:
         )
     if wishes.parallel > 1:
         raise ConfigError("an ONNX graph computes one answer at a time; leave parallel out, or use a GGUF file")
+    if kept_share(wishes) is not None:
+        raise ConfigError(
+            "an ONNX graph computes its own attention; leave out the approximate one, or use the model as a GGUF file"
+        )
     if wishes.draft is not None:
         raise ConfigError("a draft model guesses for GGUF files; leave --draft out, or use the model as a GGUF file")
     if AUTO[0] not in parse_types(wishes.kv):

@@ -29,6 +29,8 @@ def together(model: Model, conversation: Conversation, ids: Sequence[int], n: in
     seeds = [None if seed is None else seed + i for i in range(n)]
     if n == 1:
         return [_alone(model, ids, options)]
+    if model.plan.approximate:
+        raise ConfigError("approximate attention gives one answer at a time; ask for one, or load the model without it")
     made = [model.sampling(_with(options, "seed", seed)) for seed in seeds]
     stop, timeout_s = options.get("stop", ()), options.get("timeout_s")
     texts = [_Text(model, [stop] if isinstance(stop, str) else tuple(stop)) for _ in range(n)]

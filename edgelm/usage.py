@@ -31,6 +31,7 @@ class Usage:
     `accepted_tokens` of them were right.
     `kv_bytes_spilled` and `kv_bytes_read`: what this generation wrote to flash of keys and values that do not fit in
     memory, and read back.
+    `approximate` says what makes the answer an approximation, if anything does; None: it is exact.
     `simulated` names the device whose flash, threads and budget were simulated, if any.
     """
 
@@ -57,6 +58,7 @@ class Usage:
     simulated: str | None = None
     kv_bytes_spilled: int = 0
     kv_bytes_read: int = 0
+    approximate: str | None = None
 
     @property
     def tokens_per_pass(self) -> float:
@@ -194,4 +196,5 @@ class Clock:
             simulated=plan.simulated,
             kv_bytes_spilled=kv.written_bytes - self._kv.written_bytes,
             kv_bytes_read=kv.read_bytes - self._kv.read_bytes,
+            approximate=plan.approximate,
         )

@@ -114,6 +114,7 @@ def statistics_text(usage: Usage) -> str:
         + (f"{human(usage.kv_bytes_read)} of KV read, " if usage.kv_bytes_read else "")
         + f"{usage.backend} backend"
         + (f", simulated {usage.simulated}" if usage.simulated else "")
+        + (f"\napproximate: {usage.approximate}" if usage.approximate else "")
     )
 
 

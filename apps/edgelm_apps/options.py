@@ -82,6 +82,22 @@ _no_spill = click.option(
     "back for every token]",
 )
 
+_approximate = (
+    click.option(
+        "--attention",
+        type=click.Choice(["exact", "important", "filtered"]),
+        help="APPROXIMATE unless exact. important: of a long prompt, each layer keeps the tokens that its end attends "
+        "to. filtered: the first blocks read it, and the rest see only the tokens that these attend to. "
+        "[default: exact]",
+    ),
+    click.option(
+        "--kept",
+        type=click.FloatRange(0, 1, min_open=True),
+        metavar="SHARE",
+        help="Share of the context that an approximate attention keeps of a longer prompt. [default: 0.25]",
+    ),
+)
+
 
 def budget_options(command: F) -> F:
     """`--memory --threads --context --simulate`: how a model is loaded, whatever computes."""
@@ -89,7 +105,7 @@ def budget_options(command: F) -> F:
 
 
 def engine_options(command: F) -> F:
-    """`--memory --backend --threads --context --no-spill --simulate`: how a model is loaded."""
+    """`--memory --backend --threads --context --no-spill --kv --attention --kept --simulate`: how a model is loaded."""
     return _together(
         _memory,
         click.option(
@@ -107,6 +123,7 @@ def engine_options(command: F) -> F:
             help="Type of keys and values in the cache: f16, q8_0, q4_0, two with a colon (q8_0:q4_0), or auto. "
             "[default: f16]",
         ),
+        *_approximate,
         simulate_option,
     )(command)
 
@@ -212,18 +229,9 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="Nothing on stde
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 _ENGINE = (
-    "memory",
-    "backend",
-    "threads",
-    "context",
-    "spill",
-    "kv",
-    "simulate",
-    "speculate",
-    "draft",
-    "keep_guesses",
-    "parallel",
-)
+    "memory", "backend", "threads", "context", "spill", "kv", "attention", "kept", "simulate", "speculate",
+    "draft", "keep_guesses", "parallel",
+)  # fmt: skip
 _SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
     "frequency_penalty", "dry_multiplier", "dry_base", "dry_allowed_length", "top_n_sigma", "xtc_probability",

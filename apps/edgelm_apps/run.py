@@ -231,6 +231,7 @@ def _collect(chunks: Generator[Chunk, None, None], say: Callable[[str], None], m
         "closed": last.closed,
         "backend": last.usage.backend,
         "budget_bytes": last.usage.budget_bytes,
+        "approximate": last.usage.approximate,
         "simulated": last.usage.simulated,
         "stats": statistics(last.usage),
     } | ({"logprobs": logprobs} if logprobs else {})

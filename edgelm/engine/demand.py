@@ -22,6 +22,7 @@ from edgelm.memory.units import Unit, constants
 from edgelm.memory.window import runs
 
 if TYPE_CHECKING:
+    from edgelm.engine.filtering import Filtering
     from edgelm.engine.spilling import Spilling
 
 CHUNKS = (512, 256, 128, 64, 32, 16)
@@ -93,14 +94,16 @@ class Demands(Sequence[Demand]):
         n_rows: int = 1,
         draft_bytes: int = 0,
         spilling: Spilling | None = None,
+        filtering: Filtering | None = None,
     ) -> None:
         """`kept`: the chunk that a cache is made for, and its bytes, where that is decided already.
 
         `most_tokens`: no pass will have more. `n_rows`: rows of drafts that a pass can verify.
         `draft_bytes`: what a draft model takes. `spilling`: how much of the cache may go to flash; `model` is then what
-        `spilling_of` returns.
+        `spilling_of` returns. `filtering`: how long prompts are made shorter.
         """
-        self._cache, self.spilling = cache, spilling
+        self._cache, self.spilling, self._filtering = cache, spilling, filtering
+        self.apart = spilling.apart if spilling else frozenset([filtering.layer] if filtering else ())
         self._model, self._session, self._context = model, session, context
         self._process_bytes, self._max_outputs, self._kept = process_bytes, max_outputs, kept
         self._n_rows, self._draft_bytes = max(n_rows, max_outputs), draft_bytes
@@ -144,10 +147,10 @@ class Demands(Sequence[Demand]):
 
     def measured(self, plan: Plan) -> Demand:
         """Return what the segments that `plan` leads to really need."""
-        apart = self.spilling.apart if self.spilling else frozenset()
-        cut_model = cut(self._model.trace, [run.unit for run in runs(plan)], apart)
+        cut_model = cut(self._model.trace, [run.unit for run in runs(plan)], self.apart)
         shape = self.shape(plan.chunk)
-        placed = (placed for placed in cut_model.segments if not apart.intersection(placed.layers))
+        elsewhere = self.apart if self.spilling else frozenset()
+        placed = (placed for placed in cut_model.segments if not elsewhere.intersection(placed.layers))
         distinct = {placed.segment for placed in placed if placed.segment.ops}
         scratch = max(self._session.scratch_bytes(segment, shape) for segment in distinct)
         return self._demand(plan.chunk, scratch, Layout.of(cut_model).width)
@@ -156,6 +159,9 @@ class Demands(Sequence[Demand]):
         model = self._model
         windows = {layer.group: layer.window for layer in model.layers}
         cached, kv_bytes = self._kept or (chunk, cache_bytes(model.layers, self._context, chunk, self._cache))
+        filtering, important = self._filtering, self.spilling.n_kept if self.spilling else 0
+        if filtering is not None:
+            kv_bytes = filtering.kv_bytes(model.layers, self._context, cached, self._cache)
         places = {group: capacity(window, self._context, cached, self._cache) for group, window in windows.items()}
         # several rows of logits are put together from tiles; they are not sampled from, or are as few as the copies
         copies = max(SAMPLING_COPIES, self._max_outputs) + (self._n_rows > 1)
@@ -164,7 +170,7 @@ class Demands(Sequence[Demand]):
         return Demand(
             process_bytes=self._process_bytes,
             constants_bytes=model.constants.span_bytes,
-            kv_bytes=kv_bytes + (spill.memory_bytes if spill else 0),
+            kv_bytes=kv_bytes + (self.spilling.kv_bytes(spill) if self.spilling and spill else 0),
             chunk=chunk,
             scratch_bytes=scratch_bytes,
             state_bytes=state,
@@ -177,6 +183,9 @@ class Demands(Sequence[Demand]):
             n_rows=self._n_rows,
             spill=spill,
             spill_bytes=spill_bytes,
+            attention="filtered" if filtering else "important" if important else "exact",
+            n_kept=filtering.n_kept if filtering else important,
+            places=filtering.places if filtering else 0,
         )
 
 

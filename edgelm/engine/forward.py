@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from edgelm.engine.rows import Rows
 from edgelm.engine.segments import Cut, cut
 from edgelm.engine.state import Layout, Workspace
 from edgelm.errors import Cancelled
-from edgelm.memory.arena import KVArena
+from edgelm.memory.arena import KVArena, capacity
 from edgelm.memory.claims import Claim, Guesses, SideBySide
 from edgelm.memory.pinned import PinnedWeights
 from edgelm.memory.plan import Plan
@@ -74,11 +74,14 @@ class Engine:
         *,
         times: Times | None = None,
         spilled: Spilled | None = None,
+        apart: Collection[int] = (),
     ) -> None:
         """`load` must be called before the first pass. `times`: where to count, if not apart.
 
-        `spilled`: the layers whose keys and values may lie on flash, if there are any.
+        `spilled`: the layers whose keys and values may lie on flash, if there are any. `apart`: layers whose attention
+        is a segment of its own.
         """
+        self._apart = spilled.layers if spilled else frozenset(apart)
         self.arena, self.session, self.max_outputs = arena, session, max_outputs
         self._model, self._tensors, self._pinned, self.store = model, model.tensors, pinned, store
         self.n_threads, self.spilled = n_threads, spilled
@@ -159,7 +162,7 @@ class Engine:
         """Cut the model at the edges of the plan's runs and lay out what passes between the segments."""
         trace, arena = self._model.trace, self.arena
         self._pace = Pace(self.n_threads, bool(self.window.cycle or self.spilled))
-        self._cut: Cut = cut(trace, [run.unit for run in self.window.runs], self.spilled.layers if self.spilled else ())
+        self._cut: Cut = cut(trace, [run.unit for run in self.window.runs], self._apart)
         self._layout = Layout.of(self._cut)
         self.workspace = Workspace(
             self._layout,
@@ -167,7 +170,7 @@ class Engine:
             n_outputs=self.max_rows,
             n_vocab=self.n_vocab,
             row_bytes=self._embedding.row_bytes,
-            places={group: arena.most_places(group) for group in self._groups},
+            places={g: capacity(arena.windows[g], plan.context, arena.chunk, arena.layout) for g in self._groups},
         )
         resident = [
             (part.first_row, part.first_row + part.rows)

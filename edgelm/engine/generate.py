@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from edgelm.engine.filtered import FilteredEngine
+from edgelm.engine.important import ImportantEngine
 from edgelm.engine.largest import largest
 from edgelm.engine.passes import n_common
 from edgelm.engine.rows import Rows
@@ -43,10 +45,22 @@ class Conversation:
         context = self.engine.plan.context
         if len(ids) >= context:
             raise ContextOverflow(len(ids), context)
+        if isinstance(self.engine, FilteredEngine) and len(ids) > self.engine.filtering.n_kept:
+            return self._prefill_filtered(self.engine, ids, progress)
         kept = self.engine.truncate(n_common(self._stored, ids[:-1]))  # the last one is computed for its logits
         del self._stored[kept:]
         self._forward(ids[kept:], progress)
+        if isinstance(self.engine, ImportantEngine):
+            self.engine.compress()
         return len(ids) - kept
+
+    def _prefill_filtered(
+        self, engine: FilteredEngine, ids: Sequence[int], progress: Callable[[int], None] | None
+    ) -> int:
+        """Read all of a prompt, and store what matters of it. What was stored before is gone."""
+        self._stored.clear()
+        self._forward([ids[i] for i in engine.look(ids, progress)], progress)
+        return len(ids)
 
     def step(self, token: int) -> None:
         """Append one token."""
@@ -98,6 +112,8 @@ class Conversation:
     @property
     def not_to_be_saved(self) -> str:
         """Why what is stored cannot be saved; empty if it can."""
+        if self.engine.plan.approximate:
+            return "what an approximate attention keeps is not the whole conversation"
         if getattr(self.engine, "arena", None) is None or getattr(self.engine, "spilled", None) is not None:
             return (
                 "keys and values can be saved where edgelm keeps all of them in memory: not those of ONNX graphs, nor "
@@ -119,7 +135,7 @@ class Conversation:
     @property
     def is_full(self) -> bool:
         """Whether no further token can be appended."""
-        return self.engine.n_past >= self.engine.plan.context
+        return self.engine.n_past >= self.engine.plan.places
 
     def _forward(self, ids: Sequence[int], progress: Callable[[int], None] | None = None) -> None:
         done = len(self._stored)
@@ -159,7 +175,7 @@ def token_ids(
             yield token
         if count >= max_tokens or conversation.is_full:
             return "length"
-        most = min(max_tokens - count, engine.plan.context - engine.n_past)
+        most = min(max_tokens - count, engine.plan.places - engine.n_past)
         new = _round(conversation, sampler, history, len(prompt), ends, most, speculator)
 
 

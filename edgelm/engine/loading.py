@@ -14,9 +14,12 @@ from edgelm.engine.backend import Adopting, Backend, CacheLayout, Session, Weigh
 from edgelm.engine.cache_types import layouts_for
 from edgelm.engine.demand import Demands, Model, describe, with_room
 from edgelm.engine.drafted_rows import most_rows
+from edgelm.engine.filtered import FilteredEngine
+from edgelm.engine.filtering import Filtering, filtering_of
 from edgelm.engine.forward import Engine
+from edgelm.engine.important import ImportantEngine
 from edgelm.engine.registry import get_architecture
-from edgelm.engine.spilling import Spilling, open_spilled, spilling_of
+from edgelm.engine.spilling import Spilling, bounded_of, open_spilled, spilling_of
 from edgelm.errors import BudgetTooSmall, ConfigError, UnsupportedModel
 from edgelm.files.index import is_folder, is_genai_folder, open_indexed
 from edgelm.files.meta import Meta
@@ -54,6 +57,9 @@ class Request:
     spill: bool = True
     parallel: int = 1
     """Answers side by side that there is to be room for."""
+    attention: str = "exact"
+    kept: float = 1.0
+    """What approximates attention, if anything, and the share of the context that it keeps."""
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < MIN_CONTEXT:
@@ -82,6 +88,8 @@ class Prepared(NamedTuple):
     """What passes the cache is made for, if not for those of the plan."""
     spilling: Spilling | None = None
     """What of the cache goes to flash where it does not fit."""
+    filtering: Filtering | None = None
+    """How long prompts are made shorter, if that is asked for."""
     prompts: Prepared | None = None
     """The backend that computes the prompts, if another one does: `edgelm.engine.phases`."""
 
@@ -194,16 +202,21 @@ def _prepare(
         check_types(model, backend)
         terms = Terms(context, rates, can.streams, isinstance(session, Adopting))
         rest = (session, context, process_bytes, request.max_outputs, cache)
-        demands = partial(Demands, draft_bytes=request.draft_bytes)
+        filtering = filtering_of(model, context, request.kept) if request.attention == "filtered" else None
+        demands = partial(Demands, draft_bytes=request.draft_bytes, filtering=filtering)
         common = (session, request, file, process_bytes, rates, pattern, can.streams, cache)
         try:
-            plan = with_rows(model, partial(demands, model, *rest), request, request.budget_bytes, terms)
-            return Prepared(model, plan, *common)
+            bounded: Spilling | None = None
+            if request.attention == "important":
+                model, bounded = bounded_of(model, context, request.kept, request.n_threads)
+            with_all = partial(demands, model, *rest, spilling=bounded)
+            plan = with_rows(model, with_all, request, request.budget_bytes, terms)
+            return Prepared(model, plan, *common, filtering=filtering, spilling=bounded)
         except BudgetTooSmall as refused:
             if request.context is None and context > 512:
                 context //= 2
                 continue
-            spills = request.spill and request.context and request.parallel == 1
+            spills = request.spill and request.context and request.parallel == 1 and request.attention == "exact"
             found = spilling_of(model, request.n_threads) if spills else None
             if found is None:
                 raise
@@ -257,12 +270,14 @@ def build(
     model, plan, request = prepared.model, prepared.plan, prepared.request
     pinned, spilled = PinnedWeights(prepared.file.file_bytes), None
     try:
-        arena = arena or KVArena(model.layers, plan.context, plan.chunk, prepared.cache)
+        arena = arena or KVArena(model.layers, plan.places, plan.chunk, prepared.cache)
         session, n_threads, outputs = prepared.session, request.n_threads, request.max_outputs
         if prepared.spilling is not None:
             times = Times()
             spilled = open_spilled(prepared.spilling, plan, session, times, beside)
-            make = partial(make, times=times, spilled=spilled)
+            make = partial(ImportantEngine if prepared.spilling.n_kept else make, times=times, spilled=spilled)
+        if prepared.filtering is not None:
+            make = partial(FilteredEngine, filtering=prepared.filtering)
         engine = make(model, plan, pinned, arena, store, session, n_threads, outputs, prepared.pattern)
         engine.load(loader, progress, cancelled)
     except BaseException:
@@ -280,20 +295,13 @@ def replan(prepared: Prepared, engine: Engine, budget_bytes: int) -> Plan:
 
     Raises `BudgetTooSmall` with the smallest budget that works now.
     """
-    model, request, arena = prepared.model, prepared.request, engine.arena
+    model, request, arena, context = prepared.model, prepared.request, engine.arena, engine.plan.context
     demands = partial(
-        Demands,
-        model,
-        prepared.session,
-        arena.context,
-        prepared.process_bytes,
-        request.max_outputs,
-        arena.layout,
-        kept=(arena.chunk, arena.n_bytes),
-        draft_bytes=request.draft_bytes,
-        spilling=prepared.spilling,
-    )
-    terms = Terms(arena.context, prepared.rates, prepared.streams, isinstance(prepared.session, Adopting))
+        Demands, model, prepared.session, context, prepared.process_bytes, request.max_outputs, arena.layout,
+        kept=(arena.chunk, arena.n_bytes), draft_bytes=request.draft_bytes, spilling=prepared.spilling,
+        filtering=prepared.filtering,
+    )  # fmt: skip
+    terms = Terms(context, prepared.rates, prepared.streams, isinstance(prepared.session, Adopting))
     return with_rows(model, demands, request, budget_bytes, terms)
 
 
@@ -326,7 +334,7 @@ def settle(model: Model, demands: Demands, budget_bytes: int, terms: Terms) -> P
     chunks = range(len(demands) - 1, len(demands))
     try:
         plan = make_plan(model.matrices, demands, budget_bytes, *terms)
-        if not plan.streamed and not plan.adopts and demands.spilling is None:  # one segment, as was guessed
+        if not plan.streamed and not plan.adopts and not demands.apart:  # one segment, as was guessed
             return plan
         measured = demands.measured(plan)
         needed = measured if plan.streamed else with_room(plan.demand, measured)
@@ -351,7 +359,7 @@ def least_plan(model: Model, demands: Demands, chunk: int, terms: Terms) -> Plan
     _, weights_bytes = least_weights(model.matrices, terms.streams, terms.adopts)
     demand = demands[chunk]
     plan = make_plan(model.matrices, [demand], demand.total_bytes + weights_bytes, *terms)
-    if plan.streamed or plan.adopts or demands.spilling is not None:
+    if plan.streamed or plan.adopts or demands.apart:
         demand = demands.measured(plan)
         plan = make_plan(model.matrices, [demand], demand.total_bytes + weights_bytes, *terms)
     return replace(plan, budget_bytes=plan.planned_bytes)

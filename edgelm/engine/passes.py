@@ -46,7 +46,7 @@ def check_request(engine: Running, ids: Sequence[int], n_outputs: int, max_outpu
     """Raise what `forward` raises if these ids, of a vocabulary of `n_known`, cannot be appended."""
     if not 1 <= n_outputs <= min(len(ids), max_outputs):
         raise ValueError(f"{n_outputs} rows of logits of {len(ids)} tokens; at most {max_outputs} are planned")
-    if engine.n_past + len(ids) > engine.plan.context:
-        raise ContextOverflow(engine.n_past + len(ids), engine.plan.context)
+    if engine.n_past + len(ids) > engine.plan.places:
+        raise ContextOverflow(engine.n_past + len(ids), engine.plan.places)
     if not 0 <= min(ids) <= max(ids) < n_known:
         raise ConfigError(f"token ids must be in 0…{n_known - 1}, got {min(ids)}…{max(ids)}; use its tokenizer")

@@ -97,6 +97,10 @@ class Spilled:
         """Prepare for a pass, see `SpilledCache.begin`."""
         self.cache.begin(n_past, n_tokens)
 
+    def store(self, layer: int, keys: Floats, values: Floats) -> None:
+        """Keep keys and values of the pass, see `SpilledCache.store`."""
+        self.cache.store(layer, keys, values)
+
     def program(self, layer: int, spec: AttendSpec, n_tokens: int) -> Program:
         """Return what computes `attend` of a layer in passes of `n_tokens`: stores k and v, then mixes the values."""
         return _Attend(self, layer, spec, n_tokens)
@@ -176,11 +180,11 @@ class _Attend:
         self._spilled, self._layer, self._spec, self._n = spilled, layer, spec, n_tokens
 
     def run(self, bindings: Bindings) -> None:
-        spec, n, cache = self._spec, self._n, self._spilled.cache
+        spec, n = self._spec, self._n
         n_kv, sharing = spec.n_kv_heads, spec.n_heads // spec.n_kv_heads
         query, key, value = bindings.inputs
         keys = at(key, (n, n_kv, spec.head_dim_k), np.float32)
-        cache.store(self._layer, keys, at(value, (n, n_kv, spec.head_dim_v), np.float32))
+        self._spilled.store(self._layer, keys, at(value, (n, n_kv, spec.head_dim_v), np.float32))
         q = at(query, (n, n_kv, sharing, spec.head_dim_k), np.float32)
         out = at(bindings.outputs[0], (n, n_kv, sharing, spec.head_dim_v), np.float32)
         self._spilled.rest()
@@ -203,6 +207,15 @@ def widen(numbers: NDArray[np.float16], out: Floats) -> Floats:
     return wide
 
 
+def capped(scores: Floats, softcap: float) -> None:
+    """Cap scores, if there is a cap: `cap * tanh(score / cap)`."""
+    if softcap:
+        cap = np.float32(softcap)
+        np.divide(scores, cap, out=scores)
+        np.tanh(scores, out=scores)
+        np.multiply(scores, cap, out=scores)
+
+
 def _finish_scores(scores: Floats, spec: AttendSpec, first: int, n: int, n_past: int) -> bool:
     """Cap the scores [block, head, rows * sharing, place], and hide from each of `n` rows what comes after it.
 
@@ -211,11 +224,7 @@ def _finish_scores(scores: Floats, spec: AttendSpec, first: int, n: int, n_past:
     start, n_places = first * PLACES, len(scores) * PLACES
     if start > n_past + n - 1:
         return False
-    if spec.softcap:
-        cap = np.float32(spec.softcap)
-        np.divide(scores, cap, out=scores)
-        np.tanh(scores, out=scores)
-        np.multiply(scores, cap, out=scores)
+    capped(scores, spec.softcap)
     if start + n_places > n_past + 1:
         places = np.arange(start, start + n_places).reshape(len(scores), 1, 1, 1, PLACES)
         hidden = places > np.arange(n_past, n_past + n)[:, None, None]

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from edgelm.cachedir import cache_dir
 from edgelm.engine.backend import Resting, Session
 from edgelm.engine.demand import Model
+from edgelm.engine.filtering import ANSWER_TOKENS, LAST, kept_tokens, ranking_bytes
 from edgelm.engine.ir import AttendSpec
+from edgelm.engine.state import FLOAT_BYTES
+from edgelm.errors import UnsupportedModel
 from edgelm.memory.arena import LayerCache
+from edgelm.memory.bounded import bounded_bytes
 from edgelm.memory.plan import Plan
 from edgelm.memory.spill_shape import N_SLOTS, PLACES, SpillShape, elsewhere, least_blocks
 from edgelm.memory.stores import Store
@@ -29,6 +33,8 @@ class Spilling(NamedTuple):
     layers: tuple[tuple[int, LayerCache], ...]
     n_threads: int
     extra: int = 0
+    n_kept: int = 0
+    """Places that a layer has on average once the prompt is read, see `important`; 0: all, exactly."""
 
     @property
     def apart(self) -> frozenset[int]:
@@ -42,7 +48,27 @@ class Spilling(NamedTuple):
         n_blocks = min(least_blocks(chunk) + self.extra, -(-context // PLACES))
         shape = SpillShape(self.layers, context, n_blocks)
         work_bytes = max(Sizes.of(spec, chunk, context).n_bytes(self.n_threads) for spec in self.specs)
-        return shape, N_SLOTS * shape.slot_bytes + work_bytes
+        choosing_bytes = max(choosing_bytes_of(spec, context, len(self.specs)) for spec in self.specs)
+        return shape, N_SLOTS * shape.slot_bytes + work_bytes + choosing_bytes * bool(self.n_kept)
+
+    def kv_bytes(self, shape: SpillShape) -> int:
+        """Return the memory of keys and values: the newest ones, or what is kept when the prompt is read.
+
+        One layer may lie in both at a time.
+        """
+        if not self.n_kept:
+            return shape.memory_bytes
+        layers = [layer for _, layer in self.layers]
+        most = max(bounded_bytes(layer, self.n_kept + ANSWER_TOKENS) for layer in layers)
+        largest = max(bounded_bytes(layer, shape.context + ANSWER_TOKENS) for layer in layers)
+        return max(shape.memory_bytes, most * len(layers)) + largest
+
+
+def choosing_bytes_of(spec: AttendSpec, context: int, n_layers: int) -> int:
+    """Return the memory in which places are chosen: keys of a layer, ranks of all, and the last queries of all."""
+    keys = context * spec.n_kv_heads * spec.head_dim_k * FLOAT_BYTES
+    queries = n_layers * LAST * spec.n_heads * spec.head_dim_k * FLOAT_BYTES
+    return keys + queries + context * (n_layers * FLOAT_BYTES + ranking_bytes(spec))
 
 
 def spilling_of(model: Model, n_threads: int) -> tuple[Model, Spilling] | None:
@@ -53,6 +79,20 @@ def spilling_of(model: Model, n_threads: int) -> tuple[Model, Spilling] | None:
         return None
     left = tuple(layer if layer.window else elsewhere(layer) for layer in model.layers)
     return model._replace(layers=left), Spilling(specs, layers, n_threads)
+
+
+def bounded_of(model: Model, context: int, kept: float, n_threads: int) -> tuple[Model, Spilling]:
+    """Return what `spilling_of` does for a cache that keeps the share `kept` of a context.
+
+    Raises `UnsupportedModel` for a model that embeds texts, or has no layer that sees everything.
+    """
+    found = None if model.encodes else spilling_of(model, n_threads)
+    if found is None:
+        raise UnsupportedModel(
+            "no layer of this model keeps all of a prompt, so there is nothing to choose from; leave out the "
+            "approximate attention"
+        )
+    return found[0], found[1]._replace(n_kept=kept_tokens(context, kept))
 
 
 def open_spilled(
@@ -78,4 +118,9 @@ def open_spilled(
     file = ScratchFile(cache_dir(), shape.file_bytes)
     cache = SpilledCache(shape, file, beside(file) if beside else file, times)
     rest = session.rest if isinstance(session, Resting) else None
-    return Spilled(cache, spilling.specs, plan.chunk, spilling.n_threads, rest)
+    facts = (cache, spilling.specs, plan.chunk, spilling.n_threads, rest)
+    if spilling.n_kept:
+        from edgelm.engine.important import Important
+
+        return Important(*facts, n_kept=spilling.n_kept)
+    return Spilled(*facts)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 class Wishes(NamedTuple):
     """How a model is to be loaded; `edgelm.load` says what each of them means. `max_outputs`: rows of logits a
-    pass; `parallel`: answers side by side."""
+    pass; `parallel`: answers side by side; `attention`, `kept`: see `edgelm.approximate`."""
 
     memory: str | int | None = None
     backend: str = "auto"
@@ -20,3 +20,5 @@ class Wishes(NamedTuple):
     kv: str = "f16"
     spill: bool = True
     parallel: int = 1
+    attention: str = "exact"
+    kept: float | None = None

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from edgelm.errors import BudgetTooSmall, ConfigError
 from edgelm.files.model import TensorInfo
 from edgelm.memory.buffer import PAGE
+from edgelm.memory.demanded import Demand as Demand
 from edgelm.memory.predict import Rates, pass_s
-from edgelm.memory.spill_shape import SpillShape
 from edgelm.memory.stores import span
 from edgelm.memory.units import Unit, make_units, smallest_slot, split
 from edgelm.sizes import MB, human
@@ -31,55 +31,6 @@ RESIDENT_CHUNK = 16
 MIN_SLOT_BYTES, MAX_SLOT_BYTES = 1 * MB, 2 * MB
 """Four slots of 2 MB keep a flash busy; larger ones would only take memory from the weights that stay."""
 RESIDENT_UNIT_BYTES = 8 * MB
-
-
-class Demand(NamedTuple):
-    """Everything but matrices that lives in memory, in bytes. `scratch` etc. belong to passes of `chunk` tokens."""
-
-    process_bytes: int
-    constants_bytes: int
-    kv_bytes: int
-    chunk: int
-    scratch_bytes: int
-    state_bytes: int
-    reserve_bytes: int
-    beside_bytes: int = 0
-    """What another backend takes, which computes the prompts."""
-    kv: str = "f16"
-    """Types of keys and values."""
-    draft_bytes: int = 0
-    """What a draft model takes, all of it."""
-    n_rows: int = 1
-    """Rows of logits that one pass can return: drafts are verified in passes of so many tokens."""
-    spill: SpillShape | None = None
-    """What of the cache may go to flash; `kv_bytes` is what stays in memory."""
-    spill_bytes: int = 0
-    """Memory through which that is read, and in which attention over it is computed."""
-
-    @property
-    def spilled_bytes(self) -> int:
-        """Bytes of the cache that lie on flash when the context is full; each pass then reads them."""
-        return self.spill.file_bytes if self.spill else 0
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(n_bytes for _, n_bytes in self.items())
-
-    def items(self) -> tuple[tuple[str, int], ...]:
-        items = (
-            ("interpreter, libraries and tokenizer", self.process_bytes),
-            ("norms and biases", self.constants_bytes),
-            ("KV cache" + (f", {self.kv}" if self.kv != "f16" else ""), self.kv_bytes),
-            ("scratch of the backend", self.scratch_bytes),
-            ("activations, masks and logits", self.state_bytes),
-            ("reserve", self.reserve_bytes),
-        )
-        more = (
-            ("attention over KV on flash", self.spill_bytes),
-            ("draft model", self.draft_bytes),
-            ("prompts on another backend", self.beside_bytes),
-        )
-        return (*items, *(item for item in more if item[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +65,19 @@ class Plan:
     def chunk(self) -> int:
         """Tokens a prompt pass takes at the most."""
         return self.demand.chunk
+
+    @property
+    def places(self) -> int:
+        """Tokens that the cache holds: the context, or fewer where attention is approximate."""
+        return self.demand.places or self.context
+
+    @property
+    def approximate(self) -> str | None:
+        """What makes answers approximate, in a sentence; None if nothing does."""
+        if self.demand.attention == "exact":
+            return None
+        spilled = " of each layer, on average" if self.demand.spill else ""
+        return f"{self.demand.attention} attention: of a longer prompt {self.demand.n_kept} tokens are kept{spilled}"
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -197,6 +161,11 @@ class Plan:
             reads.append(0.0 if i in self.pinned else unit.span_bytes / rates.flash_bytes_per_s)
         return pass_s(compute, reads, self.n_slots)
 
+    @property
+    def _kv_resident(self) -> int:
+        spill = self.demand.spill
+        return self.demand.n_kept or (spill.resident if spill else self.context)
+
     def items(self) -> tuple[tuple[str, int], ...]:
         """Every part of the budget by name; what is left is `unused`."""
         items = (*self.demand.items(), ("weights pinned", self.pinned_bytes), ("slots for streaming", self.slots_bytes))
@@ -216,7 +185,7 @@ class Plan:
             "pinned_bytes": self.pinned_bytes,
             "streamed_bytes_per_pass": self.streamed_bytes,
             "kv_spilled_bytes": self.demand.spilled_bytes,
-            "kv_resident_tokens": self.demand.spill.resident if self.demand.spill else self.context,
+            "kv_resident_tokens": self._kv_resident,
             "slot_bytes": self.slot_bytes,
             "n_slots": self.n_slots,
             "units": len(self.units),
@@ -226,6 +195,7 @@ class Plan:
             "predicted_ttft_s": self.predicted_ttft_s(JOB_PROMPT),
             "predicted_ttft_prompt_tokens": JOB_PROMPT,
             "predicted_peak_bytes": self.planned_bytes,
+            "approximate": self.approximate,
             "simulated": self.simulated,
             "prompts": self.prompts.as_dict() if self.prompts else None,
         }
@@ -244,6 +214,8 @@ class Plan:
                 f"KV cache: the newest {self.demand.spill.resident} tokens stay in memory, "
                 f"{human(self.demand.spilled_bytes)} lie on flash when the context is full; each token then reads them"
             )
+        if self.approximate:
+            lines.append(f"answers are approximate: {self.approximate}")
         if self.prompts is not None:
             lines.append(
                 f"prompts on another backend: {human(self.prompts.pinned_bytes)} of "

@@ -87,8 +87,10 @@ class SpilledCache:
     def traffic(self) -> Traffic:
         return Traffic(self._n_written, self._n_read)
 
-    def begin(self, n_past: int, n_tokens: int) -> None:
+    def begin(self, n_past: int, n_tokens: int, order: Sequence[int] = ()) -> None:
         """Make room for `n_tokens` positions after the `n_past` that are stored, and begin to read for their pass.
+
+        `order`: the layers as the pass asks for them, if not in their own order.
 
         Blocks that leave memory are written now. After `n_past` went back, what memory has room for comes back to it.
         """
@@ -101,7 +103,7 @@ class SpilledCache:
         elif first < self._first:
             self._load(first, min(self._first, -(-n_past // PLACES)))
         self._first, self.n_past, self._end = first, n_past, n_past + n_tokens
-        for layer in self._layers:
+        for layer in order or self._layers:
             self._waiting.extend(_Read(layer, *group) for group in self.groups(layer) if group[0] < first)
         with self._lock:
             self._read_ahead()
@@ -154,6 +156,15 @@ class SpilledCache:
             with self._lock:
                 self._free.append(blocks.slot)
                 self._read_ahead()
+
+    def layer(self, layer: int) -> LayerCache:
+        """Return what a layer stores."""
+        return self._layers[layer]
+
+    def discard(self, layer: int) -> None:
+        """Give back the memory of a layer's newest blocks, of which nothing is wanted any more."""
+        at = self._ring_at[layer]
+        self._ring.discard(at, at + self.shape.n_blocks * self._sizes[layer])
 
     def reset(self) -> None:
         """Forget what was read ahead, after a pass that was broken off; waits for reads that are under way."""

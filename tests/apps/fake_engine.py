@@ -43,6 +43,7 @@ class FakeUsage:
     budget_bytes: int = 100 * MB
     backend: str = "simulated"
     simulated: str | None = None
+    approximate: str | None = None
 
 
 @dataclass(frozen=True)

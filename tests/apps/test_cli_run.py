@@ -35,7 +35,7 @@ def test_json_has_the_documented_fields(edgelm_command, engine, model_file):
     assert result.err == ""
     assert set(answer) == {
         "text", "token_ids", "prompt_tokens", "completion_tokens", "finish_reason", "backend", "budget_bytes",
-        "simulated", "stats", "closed",
+        "approximate", "simulated", "stats", "closed",
     }  # fmt: skip
     assert set(answer["stats"]) == {
         "ttft_s", "prefill_tps", "decode_tps", "peak_bytes", "bytes_streamed", "predicted_decode_tps",
