@@ -2,13 +2,15 @@
 
     python bench/speculation.py --part resident|streamed|drafted|identity [--per-kind 3] [--tokens 96]
 
-Each child answers every prompt twice, plainly and with guesses, in turn. `identity` goes on from the plain answer
-wherever the two differ: a flip is counted with the gap between the two best log-probabilities there.
+Each child answers every prompt twice, plainly and with guesses, in turn. `identity` then goes through the plain answer
+with guesses, and counts a flip wherever another token was the likeliest, with the gap between the two best
+log-probabilities there.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import common
@@ -40,9 +42,7 @@ def child(spec: dict[str, Any]) -> list[dict[str, Any]]:
             ids = model.tokenizer.encode_prompt(model.template.render(messages))
             plain, gaps, plain_usage = _answer(model, ids, spec["tokens"], speculate=False, watched=spec["identity"])
             guessed, _, usage = _answer(model, ids, spec["tokens"])
-            flips = []
-            if spec["identity"]:
-                flips = _flips(model, ids, plain, gaps, guessed)
+            flips = _flips(model, ids, plain, gaps) if spec["identity"] else []
             rows.append(
                 {
                     "id": prompt["id"],
@@ -65,27 +65,28 @@ def child(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _answer(
-    model: Any, ids: list[int], n: int, *, speculate: bool = True, watched: bool = False
+    model: Any, ids: list[int], n: int, *, speculate: bool = True, watched: bool = False, **options: Any
 ) -> tuple[list[int], list[float], Any]:
-    watch = {"logprobs": 2} if watched else {}
-    chunks = list(model.stream_ids(ids, max_tokens=n, ignore_eos=True, speculate=speculate, **watch))
+    model._conversation.forget_after(0)  # a prompt that is there already ends in a pass of another width
+    options |= {"logprobs": 2} if watched else {}
+    chunks = list(model.stream_ids(ids, max_tokens=n, ignore_eos=True, speculate=speculate, **options))
     gaps = [chunk.logprobs.top[0][1] - chunk.logprobs.top[1][1] for chunk in chunks if chunk.logprobs]
     return [chunk.token_id for chunk in chunks if chunk.token_id is not None], gaps, chunks[-1].usage
 
 
-def _flips(model: Any, ids: list[int], plain: list[int], gaps: list[float], guessed: list[int]) -> list[float]:
-    flips, at = [], 0
-    while True:
-        differing = next(
-            (i for i, pair in enumerate(zip(plain[at:], guessed, strict=True)) if pair[0] != pair[1]), None
-        )
-        if differing is None:
-            return flips
-        flips.append(round(gaps[at + differing], 4))
-        at += differing + 1
-        if at >= len(plain):
-            return flips
-        guessed, _, _ = _answer(model, [*ids, *plain[:at]], len(plain) - at)
+def _flips(model: Any, ids: list[int], plain: list[int], gaps: list[float]) -> list[float]:
+    """Go through the plain answer with guesses, and return the gap wherever another token was the likeliest."""
+    flips = []
+
+    def follow(history: Any, logits: Any) -> Any:
+        at = len(history) - len(ids)
+        if int(logits.argmax()) != plain[at]:
+            flips.append(round(gaps[at], 4))
+        logits[plain[at]] = math.inf
+        return logits
+
+    _answer(model, ids, len(plain), processors=[follow])
+    return flips
 
 
 def settings(part: str, names: list[str]) -> list[dict[str, Any]]:
