@@ -2,8 +2,8 @@
 
     python bench/speculation.py --part resident|streamed|drafted|identity [--per-kind 3] [--tokens 96]
 
-Each child answers every prompt twice, plainly and with guesses, in turn. `identity` then goes through the plain answer
-with guesses, and counts a flip wherever another token was the likeliest, with the gap between the two best
+Each child answers every prompt plainly and with guesses, in turn, `--rounds` times. `identity` then goes through the
+plain answer with guesses, and counts a flip wherever another token was the likeliest, with the gap between the two best
 log-probabilities there.
 """
 
@@ -40,15 +40,19 @@ def child(spec: dict[str, Any]) -> list[dict[str, Any]]:
         for prompt in prompts(spec["kinds"], spec["per_kind"]):
             messages = [{"role": role, "content": prompt[role]} for role in ("system", "user")]
             ids = model.tokenizer.encode_prompt(model.template.render(messages))
-            plain, gaps, plain_usage = _answer(model, ids, spec["tokens"], speculate=False, watched=spec["identity"])
-            guessed, _, usage = _answer(model, ids, spec["tokens"])
+            tps: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(spec["rounds"]):
+                plain, gaps, usage = _answer(model, ids, spec["tokens"], speculate=False, watched=spec["identity"])
+                tps[False].append(usage.decode_tps)
+                guessed, _, usage = _answer(model, ids, spec["tokens"])
+                tps[True].append(usage.decode_tps)
             flips = _flips(model, ids, plain, gaps) if spec["identity"] else []
             rows.append(
                 {
                     "id": prompt["id"],
                     "kind": prompt["kind"],
-                    "plain_tps": plain_usage.decode_tps,
-                    "guessed_tps": usage.decode_tps,
+                    "plain_tps": common.middle(tps[False]),
+                    "guessed_tps": common.middle(tps[True]),
                     "per_pass": usage.tokens_per_pass,
                     "drafted": usage.drafted_tokens,
                     "accepted": usage.accepted_tokens,
@@ -117,11 +121,12 @@ def main() -> None:
         "context": CONTEXT,
         "tokens": given.tokens,
         "prompts a kind": given.per_kind,
+        "rounds": given.rounds,
     }
     report = common.Report(f"speculation_{given.part}", conditions)
     for setting in settings(given.part, given.models):
         spec = setting | {"threads": given.threads, "kinds": given.kinds, "per_kind": given.per_kind}
-        spec |= {"tokens": given.tokens, "identity": given.part == "identity"}
+        spec |= {"tokens": given.tokens, "rounds": given.rounds, "identity": given.part == "identity"}
         rows = common.answer_of_child(__file__, spec)
         where = {"model": setting["model"].rpartition("/")[2], "backend": rows[0]["backend"]}
         where |= {"budget MB": common.mb(rows[0]["budget_bytes"]), "streamed MB": common.mb(rows[0]["streamed"])}
