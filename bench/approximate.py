@@ -17,10 +17,10 @@ from typing import Any
 import common
 
 CONTEXT, N_PROMPT, N_NEXT = 2048, 1792, 256
-FACTS = ("blue teapot", "piano stool", "copper kettle", "old umbrella", "sewing box", "milk jug")
-NEEDLE = "Doctor Amsel keeps the spare key in the {}."
-QUESTION = "Where does Doctor Amsel keep the spare key?"
-"""Not the sentence by which the constants of `edgelm.engine.filtering` were chosen."""
+FACTS = ("4925", "6380", "2716", "8153", "3094", "7542")
+NEEDLE = "The password of the old library is {}."
+QUESTION = "What is the password of the old library?"
+"""One that exact attention finds, and another sentence than the one by which `edgelm.engine.filtering` was set up."""
 ANSWER_TOKENS = 20
 
 
