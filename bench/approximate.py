@@ -3,7 +3,7 @@
 python bench/approximate.py [--kept 1.0 0.5 0.25]
 
 Each side is a process of its own. The likelihood is that of the 256 tokens which follow 1,792 of prose, as written. A
-needle is a sentence with a number somewhere in as much prose, which the end of the prompt asks for.
+needle is a sentence with a fact somewhere in as much prose, which the end of the prompt asks for.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 import common
 
 CONTEXT, N_PROMPT, N_NEXT = 2048, 1792, 256
-CODES = ("7391", "5206", "8814", "3657", "9042", "1678", "4925", "6380")
-NEEDLE = "The secret number of the garden gate is {}."
-QUESTION = "What is the secret number of the garden gate?"
+FACTS = ("4925", "6380", "2716", "8153", "3094", "7542")
+NEEDLE = "The password of the old library is {}."
+QUESTION = "What is the password of the old library?"
+"""One that exact attention finds, and another sentence than the one by which `edgelm.engine.filtering` was set up."""
 ANSWER_TOKENS = 20
 
 
@@ -35,9 +36,9 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
         ids = model.tokenizer.encode(prose)
         scores = [model.score_ids(ids[first:][: N_PROMPT + N_NEXT], N_PROMPT) for first in spec["firsts"]]
         answers, usages, processor_s = [], [], []
-        for i, code in enumerate(CODES[: spec["needles"]]):
+        for i, fact in enumerate(FACTS[: spec["needles"]]):
             began_s = time.process_time()
-            stream = model.stream_ids(_haystack(model, prose, code, i / spec["needles"]), max_tokens=ANSWER_TOKENS)
+            stream = model.stream_ids(_haystack(model, prose, fact, i / spec["needles"]), max_tokens=ANSWER_TOKENS)
             chunks = [next(stream)]
             processor_s.append(time.process_time() - began_s)
             chunks += stream
@@ -46,7 +47,7 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
         return {
             "logprobs": [value for score in scores for value in score.logprobs],
             "answers": answers,
-            "found": sum(code in answer for code, answer in zip(CODES, answers, strict=False)),
+            "found": sum(fact in answer for fact, answer in zip(FACTS, answers, strict=False)),
             "ttft_s": common.middle(usage.ttft_s for usage in usages),
             "first_processor_s": common.middle(processor_s),
             "decode_tps": common.middle(usage.decode_tps for usage in usages),
@@ -58,14 +59,14 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def _haystack(model: Any, prose: str, code: str, depth: float) -> list[int]:
+def _haystack(model: Any, prose: str, fact: str, depth: float) -> list[int]:
     """Return a prompt of about `N_PROMPT` tokens with a needle at a depth between 0 and 1."""
     start = int(depth * 300)  # other needles lie in other hay
     words = prose.split(" ")[start:]
     n_words = N_PROMPT
     while True:
         at = int(n_words * (0.05 + 0.9 * depth))
-        text = " ".join([*words[:at], NEEDLE.format(code), *words[at:n_words]]) + f"\n\n{QUESTION}"
+        text = " ".join([*words[:at], NEEDLE.format(fact), *words[at:n_words]]) + f"\n\n{QUESTION}"
         ids: list[int] = model.tokenizer.encode_prompt(model.template.render([{"role": "user", "content": text}]))
         if len(ids) <= N_PROMPT:
             return ids
@@ -76,7 +77,7 @@ def main() -> None:
     parser = common.arguments(__doc__, rounds=1, models=("smollm2-135m-instruct",))
     parser.add_argument("--kept", nargs="+", type=float, default=[1.0, 0.5, 0.25])
     parser.add_argument("--attention", nargs="+", default=["important", "filtered"])
-    parser.add_argument("--needles", type=int, default=len(CODES))
+    parser.add_argument("--needles", type=int, default=len(FACTS))
     parser.add_argument("--firsts", nargs="+", type=int, default=[0, 1024], help="where scored stretches begin")
     parser.add_argument("--backend", default="llamacpp")
     given = parser.parse_args()

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from edgelm.engine.demand import Model
 
 DEPTH = 0.57
-"""How deep the ranking layer may lie, as a share of all. At 0.4 SmolLM2-135M ranks a fact that is asked for no better
-than the rest; from 0.57 on it is among the first 4 % of 1,200 tokens, for Gemma-3-270M in the first full one (0.28)."""
+"""How deep the ranking layer may lie, as a share of all. At 0.4 SmolLM2-135M ranks a fact that is asked for hardly
+better than the rest; at 0.57 it is in the first 4 % of 1,200 tokens, in Gemma-3-270M in the first full one (0.28)."""
 ANSWER_TOKENS = 256
 """Room of an answer beside the kept tokens."""
 FIRST, LAST = 4, 32

@@ -15,7 +15,7 @@ _STEPS = 50
 
 
 def sizes_of(ranks: Sequence[NDArray[np.float32]], total: int, least: int) -> list[int]:
-    """Return how many of its n places each layer keeps: at most `total` together, at least `least` each.
+    """Return how many of its n places each layer keeps: `total` together (or all), at least `least` each.
 
     `ranks`: of each layer, how much attention each place gets, float32 [n]. Raises `ValueError` if `total` is too
     small for `least`.
@@ -34,14 +34,14 @@ def sizes_of(ranks: Sequence[NDArray[np.float32]], total: int, least: int) -> li
     def kept(share: float) -> list[int]:
         return [min(int(np.searchsorted(one, share)), n - least) for one in before]
 
-    low, high = 0.0, 2.0  # rounding may bring a share above one
+    low, high = 0.0, 2.0  # above 1, so that places without any attention count, too
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(kept(middle)) <= room else (low, middle)
-    sizes = kept(low)
-    left = room - sum(sizes)
-    for layer, most in enumerate(kept(high)):  # places that weigh nothing more come many at a time
-        more = min(most - sizes[layer], left)
-        sizes[layer] += more
-        left -= more
-    return [least + size for size in sizes]
+    sizes = []
+    left = room - sum(kept(low))
+    for size, more in zip(kept(low), kept(high), strict=True):  # places of equal attention cross the share together
+        added = min(more - size, left)
+        sizes.append(least + size + added)
+        left -= added
+    return sizes

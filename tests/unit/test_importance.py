@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edgelm.engine.importance import sizes_of
@@ -21,6 +21,7 @@ def ranks(seed: int) -> list[np.ndarray]:
     return [random.random(N).astype(np.float32) ** power for power in (40, 10, 4, 1, 0.2)]
 
 
+@example(seed=0, total=937)  # most places of a layer have no attention worth mentioning
 @given(seed=st.integers(0, 50), total=st.integers(LEAST * N_LAYERS, N * N_LAYERS))
 def test_the_total_is_kept_and_used(seed: int, total: int) -> None:
     sizes = sizes_of(ranks(seed), total, LEAST)
@@ -49,8 +50,7 @@ def test_all_or_too_little() -> None:
 def test_layers_that_look_alike_get_the_same() -> None:
     flat = [np.ones(N, np.float32)] * N_LAYERS
     sizes = sizes_of(flat, 500, LEAST)
-    assert len(set(sizes)) == 1
-    assert 500 - N_LAYERS <= sum(sizes) <= 500
+    assert sizes == [100] * N_LAYERS
 
 
 def rows(first: int, n: int, dim: int) -> np.ndarray:
