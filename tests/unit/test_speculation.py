@@ -29,7 +29,7 @@ STEEP = {n: 0.005 * n for n in WIDTHS}
 
 
 def plan_of(costs: dict[int, float], streamed: bool = True, context: int = 512) -> Any:
-    return SimpleNamespace(pass_s=costs.__getitem__, streamed=streamed, context=context)
+    return SimpleNamespace(pass_s=costs.__getitem__, streamed=streamed, context=context, places=context)
 
 
 class Table:
@@ -194,6 +194,36 @@ def test_what_passes_took_replaces_what_was_foretold() -> None:
     assert (curve.seconds(1), curve.seconds(4)) == pytest.approx((0.2, 0.22))
     assert nodes_for([0.5] * 3, curve, 4) == 3
     assert [width_for(n, 16) for n in (0, 1, 5, 16, 100)] == [1, 1, 4, 16, 16]
+
+
+def test_a_machine_that_becomes_faster_is_faster_at_every_width() -> None:
+    curve = Curve(plan_of(STEEP, streamed=False))
+    for seconds in (*[0.2] * 5, *[0.1] * 3):
+        curve.passed(1, seconds)
+        curve.passed(4, 1.5 * curve.seconds(1))
+    assert (curve.seconds(1), curve.seconds(4)) == pytest.approx((0.1, 0.15))
+
+
+def test_what_may_be_lost_bounds_the_width() -> None:
+    curve, reach = Curve(plan_of(FLAT | {4: 0.15, 6: 0.18, 8: 0.2})), [0.9] * 7
+    assert nodes_for(reach, curve, 8) == 7
+    assert nodes_for(reach, curve, 8, allowed=-1.9) == 7
+    assert nodes_for(reach, curve, 8, allowed=-2.2) == 0
+    assert nodes_for([0.4] * 7, curve, 8, allowed=-0.3) == 7
+    assert nodes_for([0.4] * 7, curve, 8, allowed=-0.5) == 0
+
+
+def test_a_wrong_estimate_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if every guess is taken to be right, and passes to cost nothing more."""
+    rng = np.random.default_rng(0)
+    costs = {n: 0.005 * (1 + 0.3 * (n - 1)) for n in WIDTHS}
+    engine = Table(rng.normal(0, 0.1, (400, 400)), costs)
+    speculator = Speculator(engine)
+    learns_by_its_own_clock(engine, speculator, monkeypatch)
+    monkeypatch.setattr(Chances, "of", lambda self, key, first: self._known.setdefault(key, (0.9, 1.0)) and 0.9)
+    ids = spoken(engine, [1, 2, 3], 600, Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=1), speculator)
+    assert sum(engine.widths.values()) > engine.widths[1]  # it was tried
+    assert engine.seconds <= 1.025 * (len(ids) + 1) * costs[1]
 
 
 @pytest.mark.parametrize("costs", [FLAT, STEEP], ids=["flash", "resident"])

@@ -5,6 +5,7 @@ SmartSpec's goodput (arXiv:2406.14066): expected tokens of a pass over its expec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from edgelm.engine.passes import WIDTHS
@@ -12,6 +13,8 @@ from edgelm.engine.speculation.curve import Curve
 
 WORTH = 1.03
 """How much faster than no guessing it must promise to be."""
+START, EACH, MOST = 1.0, 0.006, 2.0
+"""Plain passes that guessing may lose to begin with, for each token more, and at the most after having won."""
 
 
 def goodput(reach: Sequence[float], n: int, curve: Curve) -> float:
@@ -19,18 +22,36 @@ def goodput(reach: Sequence[float], n: int, curve: Curve) -> float:
     return (1.0 + sum(reach[:n])) / curve.seconds(n + 1)
 
 
-def nodes_for(reach: Sequence[float], curve: Curve, most_rows: int) -> int:
+class Allowance:
+    """What guessing may lose, in plain passes: a little for every token, and what it has won lately.
+
+    So it costs no more than a share of the time, whatever chances and costs were taken to be.
+    """
+
+    def __init__(self) -> None:
+        self.passes = START
+
+    def add(self, n_tokens: float, passes: float) -> None:
+        """Hear that so many tokens took the time of so many plain passes."""
+        self.passes = min(self.passes + n_tokens * (1 + EACH) - passes, MOST)
+
+
+def nodes_for(reach: Sequence[float], curve: Curve, most_rows: int, allowed: float = math.inf) -> int:
     """Return how many of the likeliest guesses to verify. `reach[i]`: the chance that guess i is reached and right.
 
-    A pass has a row more than guesses, that of the newest token; 0: a plain pass promises as much.
+    A pass has a row more than guesses, that of the newest token; 0: a plain pass promises as much. `allowed`: plain
+    passes that may be lost if half of what is expected comes true.
     """
-    if not curve.seconds(1):  # no pass was measured yet
+    plain_s = curve.seconds(1)
+    if not plain_s:  # no pass was measured yet
         return 0
-    best, best_n = WORTH / curve.seconds(1), 0
+    best, best_n = WORTH / plain_s, 0
     for width in WIDTHS[1:]:
         n = width - 1
         if width > most_rows or n > len(reach):
             break
+        if curve.seconds(width) > (1 + sum(reach[:n]) / 2 + allowed) * plain_s:
+            continue
         promised = goodput(reach, n, curve)
         if promised > best:
             best, best_n = promised, n

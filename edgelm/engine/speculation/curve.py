@@ -8,8 +8,8 @@ from statistics import median
 from edgelm.engine.passes import WIDTHS
 from edgelm.memory.plan import Plan
 
-_KEPT = 7
-"""Passes of each width that are remembered."""
+_KEPT_PLAIN, _KEPT = 3, 7
+"""Passes of one row, and of each other width, that are remembered: how fast the machine is may change any time."""
 UNKNOWN = 0.2
 """What each more row costs, as a share of a pass of one, where nothing was measured beforehand."""
 _DOUBT = 2.0
@@ -17,28 +17,26 @@ _DOUBT = 2.0
 
 
 class Curve:
-    """T(n), in seconds."""
+    """T(n), in seconds: what a pass of one takes now, times how much dearer wider ones are."""
 
     def __init__(self, plan: Plan) -> None:
         one = plan.pass_s(1)
         self._foretold = {n: plan.pass_s(n) / one if one else 1 + UNKNOWN * (n - 1) for n in WIDTHS}
         self._doubt = 1.0 if plan.streamed else _DOUBT
-        self._seen: dict[int, deque[float]] = {}
-        self._median: dict[int, float] = {1: one}
+        self._one_s = one
+        self._seen: dict[int, deque[float]] = {1: deque(maxlen=_KEPT_PLAIN)}
+        self._factor: dict[int, float] = {1: 1.0}
         self._begun: set[int] = set()
 
     def seconds(self, width: int) -> float:
         """Return what a pass of `width` rows is expected to take: measured, or foretold and corrected by what was."""
-        measured = self._median.get(width)
-        if measured is not None and (width == 1 or width in self._seen):
-            return measured
-        known = [n for n in self._seen if n > 1]
-        if known:
-            nearest = min(known, key=lambda n: abs(n - width))
-            factor = self._median[nearest] / (self._foretold[nearest] * self._median[1])
-        else:
-            factor = self._doubt
-        return self._foretold[width] * self._median[1] * max(factor, 1.0)
+        factor = self._factor.get(width)
+        if factor is None:
+            known = [n for n in self._factor if n > 1]
+            nearest = min(known, key=lambda n: abs(n - width), default=None)
+            wrong = self._factor[nearest] / self._foretold[nearest] if nearest else self._doubt
+            factor = self._foretold[width] * max(wrong, 1.0)
+        return factor * self._one_s
 
     def passed(self, width: int, seconds: float) -> None:
         """Learn from a pass; the first one of a width was compiled, too."""
@@ -46,5 +44,9 @@ class Curve:
             self._begun.add(width)
             return
         seen = self._seen.setdefault(width, deque(maxlen=_KEPT))
-        seen.append(seconds)
-        self._median[width] = median(seen)
+        if width == 1:
+            seen.append(seconds)
+            self._one_s = median(seen)
+        elif self._one_s:
+            seen.append(seconds / self._one_s)
+            self._factor[width] = median(seen)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgelm.engine.speculation.chances import Chances
-from edgelm.engine.speculation.controller import goodput, nodes_for
+from edgelm.engine.speculation.controller import Allowance, goodput, nodes_for
 from edgelm.engine.speculation.curve import Curve
 from edgelm.engine.speculation.drafts import NOTHING, ROOT, Draft, Drafter
 from edgelm.engine.speculation.lookup import Lookup
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 RECYCLING_WIDTH, RECYCLING_COST = 8, 1.5
 """Recycled guesses are seldom right: they are made where a pass of so many rows costs no more than so many of one."""
+
+PROBED = 24
+"""After so many times the time of a plain pass there is one again: guessing is compared with it."""
 
 FRESH, RETRIED = 0.3, 1.02
 """How much the newest round of a draft model counts in what it is known to yield, and how that grows while it rests, so
@@ -48,6 +51,7 @@ class Speculator:
         self._engine = engine
         self._chances = Chances()
         self._model = ModelDraft(draft, self._chances, engine.n_vocab) if draft is not None else None
+        self._allowance, self._since_plain_s = Allowance(), 0.0
         self._forget()
         self._plan, self._curve = engine.plan, Curve(engine.plan)
         self._at_root = Grown()
@@ -103,15 +107,17 @@ class Speculator:
         drafters: list[Drafter] = [self._lookup]
         if self._recycles:
             drafters.append(self._recycling)
+        if self._since_plain_s > PROBED * self._curve.seconds(1):
+            most_rows = 1
         most = max(most_rows - 1, 0)
         self._at_root = grown = grow(drafters, most, engine.trees, forced)
-        n_nodes = nodes_for(grown.reach, self._curve, most_rows)
+        n_nodes = nodes_for(grown.reach, self._curve, most_rows, self._allowance.passes)
         self._model_s = 0.0
         if self._model is not None and most and not forced:
             if not n_nodes or not self._model_tps or self._model_tps > goodput(grown.reach, n_nodes, self._curve):
                 began_s = time.perf_counter()
                 guessed = self._model.grow(history, most, self._curve, engine.trees)
-                if n_guessed := nodes_for(guessed.reach, self._curve, most_rows):
+                if n_guessed := nodes_for(guessed.reach, self._curve, most_rows, self._allowance.passes):
                     self._model_s = time.perf_counter() - began_s
                     return guessed.first(n_guessed)
             else:
@@ -126,6 +132,10 @@ class Speculator:
         if not self._may_guess:
             return
         self._curve.passed(1 + len(draft.ids), seconds)
+        self._since_plain_s = self._since_plain_s + seconds if draft.ids else 0.0
+        if plain_s := self._curve.seconds(1):
+            took_s = self._curve.seconds(1 + len(draft.ids)) + self._model_s
+            self._allowance.add(len(tokens), took_s / plain_s)
         if draft.ids:
             for parent, token in zip((ROOT, *path), tokens, strict=True):
                 for node in draft.children(parent):
