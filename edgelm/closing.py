@@ -126,12 +126,13 @@ class Ending:
         if end := short_end(after, self._alphabet, self._end, n_left - 1, known, FEW if is_known else STATES):
             self._note(end, n_left - 1)
             return token
-        if not is_known and (end := short_end(state, self._alphabet, self._end, n_left, self._known)):
-            self._note(end, n_left)
-            is_known = self._due == n_left  # if not, it is early to give up a token after which no end was found
         if not is_known:
-            self._due, self._pause = n_left - self._pause, 2 * self._pause  # what was not found is seldom found soon
-            return token
+            if end := short_end(state, self._alphabet, self._end, n_left, self._known):
+                self._note(end, n_left)
+            else:  # what was not found is seldom found soon
+                self._due, self._pause = n_left - self._pause, 2 * self._pause
+            if self._due < n_left:  # early to give up a token, only since no end was found after it
+                return token
         self.closed = True
         token = self._known[0]
         self._note(self._known[1:], n_left - 1)
