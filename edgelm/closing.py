@@ -25,12 +25,13 @@ _FREE, _MANY = 60, 10
 """Where more bytes than these may come next a text goes on; kinds of more than `_MANY` are tried last."""
 _STEP, _LATER = 0.05, 0.25
 """What a token and a place later in its kind cost, in kinds: a loop is left after some 20 rounds."""
-_CLOSING, _QUOTE = b"}])>,;", b'"'
+_CLOSING, _QUOTE, _JOINING = b"}])>,;", b'"', b"@.:-/"
 _DIGITS, _LOWER, _UPPER = b"0123456789", b"abcdefghijklmnopqrstuvwxyz", b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_OTHERS = bytes(b for b in range(32, 127) if b not in _CLOSING + _QUOTE + _DIGITS + _LOWER + _UPPER) + b"\n\t\r"
+_NAMED = _CLOSING + _QUOTE + _JOINING + _DIGITS + _LOWER + _UPPER
+_OTHERS = bytes(b for b in range(32, 127) if b not in _NAMED) + b"\n\t\r"
 _INSIDE_CHARACTER = b"\x80\x90\xa0"
-_IN_TEXT = (_QUOTE, _DIGITS, _LOWER, _UPPER, _CLOSING, _OTHERS, _INSIDE_CHARACTER)
-_BETWEEN = (_CLOSING, _DIGITS, _QUOTE, _LOWER, _UPPER, _OTHERS, _INSIDE_CHARACTER)
+_IN_TEXT = (_QUOTE, _DIGITS, _JOINING, _LOWER, _UPPER, _CLOSING, _OTHERS, _INSIDE_CHARACTER)
+_BETWEEN = (_CLOSING, _DIGITS, _QUOTE, _JOINING, _LOWER, _UPPER, _OTHERS, _INSIDE_CHARACTER)
 
 
 class Bytes:
@@ -109,8 +110,7 @@ class Ending:
         self.ends, self.closed = ends, False
         self._alphabet, self._end = alphabet, min(ends)
         self._known: tuple[int, ...] = ()
-        self._known_for = self._due = -1
-        self._pause = 1
+        self._known_for, self._due, self._pause = -1, -1, 1
 
     def taken(self, state: LLMatcher, token: int, n_left: int) -> int:
         """Return the drawn `token`, or the first one of the end. `n_left`: ids that may still come, this one included.
@@ -126,12 +126,13 @@ class Ending:
         if end := short_end(after, self._alphabet, self._end, n_left - 1, known, FEW if is_known else STATES):
             self._note(end, n_left - 1)
             return token
-        if not is_known and (end := short_end(state, self._alphabet, self._end, n_left, self._known)):
-            self._note(end, n_left)
-            is_known = self._due == n_left  # if not, it is early to give up a token after which no end was found
         if not is_known:
-            self._due, self._pause = n_left - self._pause, 2 * self._pause  # what was not found is seldom found soon
-            return token
+            if end := short_end(state, self._alphabet, self._end, n_left, self._known):
+                self._note(end, n_left)
+            else:  # what was not found is seldom found soon
+                self._due, self._pause = max(n_left - self._pause, 0), 2 * self._pause
+            if self._due < n_left:  # early to give up a token, only since no end was found after it
+                return token
         self.closed = True
         token = self._known[0]
         self._note(self._known[1:], n_left - 1)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm import opening, structured
+from edgelm import closing, opening, structured
 from edgelm.closing import SLACK, Bytes, short_end
 from edgelm.engine.sampling import Logits
 from edgelm.memory.predict import Rates
@@ -36,6 +36,7 @@ RECORD = {
     "required": ["text", "n", "kind", "code"],
 }
 LIST = {"type": "array", "items": {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}}
+EMAIL = {"type": "string", "format": "email"}
 SAMPLING: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.5, "seed": 1, "top_k": 0})
 
 
@@ -68,7 +69,7 @@ def text_of(chunks: Sequence[edgelm.Chunk]) -> str:
 
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("max_tokens", [70, 130])
-@pytest.mark.parametrize("schema", [ANYTHING, NESTED, RECORD, LIST, {"type": "string", "minLength": 30}])
+@pytest.mark.parametrize("schema", [ANYTHING, NESTED, RECORD, LIST, {"type": "string", "minLength": 30}, EMAIL])
 def test_an_answer_ends_before_its_limit_and_is_valid(
     model: edgelm.Model, schema: dict[str, Any], max_tokens: int, sampling: dict[str, Any]
 ) -> None:
@@ -76,6 +77,17 @@ def test_an_answer_ends_before_its_limit_and_is_valid(
     assert chunks[-1].finish_reason == "stop"
     assert chunks[-1].usage.completion_tokens < max_tokens
     jsonschema.validate(json.loads(text_of(chunks)), schema)
+
+
+def test_what_is_not_found_is_seldom_searched_for(model: edgelm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[int] = []
+
+    def nothing(state: Any, alphabet: Bytes, end: int, most: int, known: Any = (), states: int = 0) -> None:
+        searches.append(most)
+
+    monkeypatch.setattr(closing, "short_end", nothing)
+    assert chunks_of(model, 200, json_schema=NESTED)[-1].finish_reason == "length"
+    assert len(searches) < 20
 
 
 def test_only_an_answer_that_was_shortened_says_so(model: edgelm.Model) -> None:
