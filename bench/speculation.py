@@ -4,7 +4,7 @@
 
 Each child answers every prompt plainly and with guesses, in turn, `--rounds` times. `identity` then goes through the
 plain answer with guesses, and counts a flip wherever another token was the likeliest, with the gap between the two best
-log-probabilities there.
+log-probabilities there. `drafted` compares with plain decoding that has the memory of the draft for weights.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import f32_models
 
 KINDS = ("copy", "summarise", "edit", "answer", "chat", "story", "list")
 COPYING = ("copy", "summarise", "edit", "answer")
+BACKENDS = ("onnx", "llamacpp")
 CONTEXT = 1024
 NOISE = 1.0
 """Gap of log-probabilities below which another width of the pass may turn the order: logits move by up to this."""
@@ -98,10 +99,11 @@ def settings(part: str, names: list[str]) -> list[dict[str, Any]]:
     for name in names:
         model = common.find_model(name)
         if part == "resident":
-            found += [{"model": str(model), "backend": backend, "memory": "2GB"} for backend in ("onnx", "llamacpp")]
+            found += [{"model": str(model), "backend": backend, "memory": "2GB"} for backend in BACKENDS]
         elif part == "identity":
             budgets = ["2GB", *{"smollm2-135m-instruct": ["110MB"], "gemma-3-270m": ["150MB"]}.get(name, [])]
             found += [{"model": str(model), "backend": "llamacpp", "memory": memory} for memory in budgets]
+            found.append({"model": str(model), "backend": "onnx", "memory": "2GB"})
         else:
             large = f32_models.made(name)
             one = {"model": str(large), "backend": "llamacpp", "memory": large.stat().st_size // 2}
@@ -128,6 +130,9 @@ def main() -> None:
         spec = setting | {"threads": given.threads, "kinds": given.kinds, "per_kind": given.per_kind}
         spec |= {"tokens": given.tokens, "rounds": given.rounds, "identity": given.part == "identity"}
         rows = common.answer_of_child(__file__, spec)
+        if given.part == "drafted":  # without the draft, plain decoding has its memory
+            alone = common.answer_of_child(__file__, spec | {"draft": None})
+            rows = [row | {"plain_tps": other["plain_tps"]} for row, other in zip(rows, alone, strict=True)]
         where = {"model": setting["model"].rpartition("/")[2], "backend": rows[0]["backend"]}
         where |= {"budget MB": common.mb(rows[0]["budget_bytes"]), "streamed MB": common.mb(rows[0]["streamed"])}
         if given.part == "identity":

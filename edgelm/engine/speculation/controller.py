@@ -19,7 +19,7 @@ START, EACH, MOST = 1.0, 0.006, 2.0
 
 def goodput(reach: Sequence[float], n: int, curve: Curve) -> float:
     """Return the tokens a second that a pass promises which verifies the `n` likeliest guesses; see `nodes_for`."""
-    return (1.0 + sum(reach[:n])) / curve.seconds(n + 1)
+    return (1.0 + sum(reach[:n])) / (curve.seconds(n + 1) * curve.doubt)
 
 
 class Allowance:

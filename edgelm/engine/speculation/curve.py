@@ -12,8 +12,8 @@ _KEPT_PLAIN, _KEPT = 3, 7
 """Passes of one row, and of each other width, that are remembered: how fast the machine is may change any time."""
 UNKNOWN = 0.2
 """What each more row costs, as a share of a pass of one, where nothing was measured beforehand."""
-_DOUBT = 2.0
-"""How much dearer than foretold wide passes are taken to be where all weights stay, until one was measured."""
+DOUBT = 2.0
+"""How many times as much guesses must promise where all weights stay, until a wide pass was measured."""
 
 
 class Curve:
@@ -22,7 +22,7 @@ class Curve:
     def __init__(self, plan: Plan) -> None:
         one = plan.pass_s(1)
         self._foretold = {n: plan.pass_s(n) / one if one else 1 + UNKNOWN * (n - 1) for n in WIDTHS}
-        self._doubt = 1.0 if plan.streamed else _DOUBT
+        self._doubt = 1.0 if plan.streamed else DOUBT
         self._one_s = one
         self._seen: dict[int, deque[float]] = {1: deque(maxlen=_KEPT_PLAIN)}
         self._factor: dict[int, float] = {1: 1.0}
@@ -34,9 +34,14 @@ class Curve:
         if factor is None:
             known = [n for n in self._factor if n > 1]
             nearest = min(known, key=lambda n: abs(n - width), default=None)
-            wrong = self._factor[nearest] / self._foretold[nearest] if nearest else self._doubt
+            wrong = self._factor[nearest] / self._foretold[nearest] if nearest else 1.0
             factor = self._foretold[width] * max(wrong, 1.0)
         return factor * self._one_s
+
+    @property
+    def doubt(self) -> float:
+        """How many times as much as a plain pass guesses must promise, since nothing is known of wide passes."""
+        return self._doubt if len(self._factor) == 1 else 1.0
 
     def passed(self, width: int, seconds: float) -> None:
         """Learn from a pass; the first one of a width was compiled, too."""
