@@ -207,9 +207,10 @@ def test_a_machine_that_becomes_faster_is_faster_at_every_width() -> None:
 def test_what_may_be_lost_bounds_the_width() -> None:
     curve, reach = Curve(plan_of(FLAT | {4: 0.15, 6: 0.18, 8: 0.2})), [0.9] * 7
     assert nodes_for(reach, curve, 8) == 7
-    assert nodes_for(reach, curve, 8, allowed=-1.9) == 7
-    assert nodes_for(reach, curve, 8, allowed=-2.2) == 0
-    assert nodes_for([0.4] * 7, curve, 8, allowed=-0.3) == 7
+    assert nodes_for(reach, curve, 8, allowed=-4.0) == 7
+    assert nodes_for(reach, curve, 8, allowed=-6.0) == 0
+    assert nodes_for([0.4] * 7, curve, 8, allowed=-0.1) == 7
+    assert nodes_for([0.4] * 7, curve, 8, allowed=-0.2) == 2
     assert nodes_for([0.4] * 7, curve, 8, allowed=-0.5) == 0
 
 

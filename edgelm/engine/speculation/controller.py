@@ -13,8 +13,9 @@ from edgelm.engine.speculation.curve import Curve
 
 WORTH = 1.03
 """How much faster than no guessing it must promise to be."""
-START, EACH, MOST = 1.0, 0.006, 2.0
-"""Plain passes that guessing may lose to begin with, for each token more, and at the most after having won."""
+START, EACH, MOST, LEAST = 1.0, 0.008, 2.0, -1.0
+"""Plain passes that guessing may lose to begin with, for each token more, and at the most after having won; and how far
+it may be behind, so that it comes back where guesses are nearly sure."""
 
 
 def goodput(reach: Sequence[float], n: int, curve: Curve) -> float:
@@ -33,14 +34,14 @@ class Allowance:
 
     def add(self, n_tokens: float, passes: float) -> None:
         """Hear that so many tokens took the time of so many plain passes."""
-        self.passes = min(self.passes + n_tokens * (1 + EACH) - passes, MOST)
+        self.passes = max(min(self.passes + n_tokens * (1 + EACH) - passes, MOST), LEAST)
 
 
 def nodes_for(reach: Sequence[float], curve: Curve, most_rows: int, allowed: float = math.inf) -> int:
     """Return how many of the likeliest guesses to verify. `reach[i]`: the chance that guess i is reached and right.
 
     A pass has a row more than guesses, that of the newest token; 0: a plain pass promises as much. `allowed`: plain
-    passes that may be lost if half of what is expected comes true.
+    passes that may be lost if guesses come true as their squared chances say, which leaves little of unsure ones.
     """
     plain_s = curve.seconds(1)
     if not plain_s:  # no pass was measured yet
@@ -50,7 +51,7 @@ def nodes_for(reach: Sequence[float], curve: Curve, most_rows: int, allowed: flo
         n = width - 1
         if width > most_rows or n > len(reach):
             break
-        if curve.seconds(width) > (1 + sum(reach[:n]) / 2 + allowed) * plain_s:
+        if curve.seconds(width) > (1 + sum(chance * chance for chance in reach[:n]) + allowed) * plain_s:
             continue
         promised = goodput(reach, n, curve)
         if promised > best:
