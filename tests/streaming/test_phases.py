@@ -51,14 +51,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @contextmanager
-def phased_at(path: Path, prompts: str, answers: str, budget_bytes: int = GB) -> Iterator[PhasedEngine]:
+def phased_at(
+    path: Path, prompts: str, answers: str, budget_bytes: int = GB, speculate: bool = True
+) -> Iterator[PhasedEngine]:
     phases = []
     for name in (answers, prompts):
         backend = get_backend(need(name) if name == "llamacpp" else name)
         session = backend.open(1)
         phases.append(Phase(in_layout(path, backend), backend, session, None))
     try:
-        prepared = prepare(phases[0], Request(budget_bytes, 64), 0, phases[1])
+        prepared = prepare(phases[0], Request(budget_bytes, 64, speculate=speculate), 0, phases[1])
     except BaseException:
         for phase in phases:
             phase.session.close()
@@ -128,11 +130,11 @@ def test_every_budget_gives_the_same_answers(models: dict[str, Path], prompts: s
     with pytest.raises(BudgetTooSmall) as caught, phased_at(path, prompts, answers, 1):
         pass
     least = caught.value.needed_bytes
-    with phased_at(path, prompts, answers) as engine:
+    with phased_at(path, prompts, answers, speculate=False) as engine:
         most, expected = engine.plan.planned_bytes, engine.forward(PROMPT).copy()
     streamed = []
     for budget in [least + (most - least) * i // 4 for i in range(5)]:
-        with phased_at(path, prompts, answers, budget) as engine:
+        with phased_at(path, prompts, answers, budget, speculate=False) as engine:
             plan = engine.plan
             assert plan.prompts is not None
             assert plan.planned_bytes <= budget

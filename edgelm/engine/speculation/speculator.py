@@ -87,7 +87,7 @@ class Speculator:
         if not self._may_guess:
             return False
         width = min(RECYCLING_WIDTH, self._engine.max_rows)
-        return self._curve.seconds(width) < RECYCLING_COST * self._curve.seconds(1)
+        return self._curve.seconds(width) * self._curve.doubt < RECYCLING_COST * self._curve.seconds(1)
 
     def draft(self, history: Sequence[int], most_rows: int, forced: Sequence[int] = ()) -> Draft:
         """Return what to verify after `history` in a pass of up to `most_rows` rows, of which its last token takes one.
