@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.engine.ir import AttendSpec
+from edgelm.engine.softmax import capped
 from edgelm.errors import UnsupportedModel
 from edgelm.memory.arena import LayerCache, cache_bytes
 from edgelm.memory.cache_layout import CacheLayout
@@ -97,8 +98,7 @@ def ranked(queries: NDArray[np.float32], keys: NDArray[np.float32], spec: Attend
     found = np.zeros(n, np.float32)
     for end, query in enumerate(queries, n - len(queries) + 1):
         scores = np.matmul(query.reshape(n_kv, -1, dim) * np.float32(spec.scale), keys[:end].transpose(1, 2, 0))
-        if spec.softcap:
-            scores = np.float32(spec.softcap) * np.tanh(scores / np.float32(spec.softcap))
+        capped(scores, spec.softcap)
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
         scores /= scores.sum(axis=-1, keepdims=True)

@@ -17,8 +17,8 @@ from edgelm.engine.filtering import ANSWER_TOKENS, FIRST, LAST, chosen, ranked
 from edgelm.engine.forward import Engine
 from edgelm.engine.importance import sizes_of
 from edgelm.engine.ir import AttendSpec
-from edgelm.engine.softmax import Part, clear, merge, weigh
-from edgelm.engine.spilled import Spilled, capped, widen
+from edgelm.engine.softmax import Part, capped, clear, merge, weigh
+from edgelm.engine.spilled import Spilled, widen
 from edgelm.files.blocks import Floats
 from edgelm.memory.bounded import BoundedCache
 from edgelm.memory.spill import SpilledCache

@@ -67,3 +67,12 @@ def join(parts: Part) -> Part:
     share = np.exp(parts.top - top)
     np.multiply(parts.mixed, share[..., None], out=parts.mixed)
     return Part(top, (parts.total * share).sum(axis=0), parts.mixed.sum(axis=0))
+
+
+def capped(scores: Floats, softcap: float) -> None:
+    """Cap scores, if there is a cap: `cap * tanh(score / cap)`."""
+    if softcap:
+        cap = np.float32(softcap)
+        np.divide(scores, cap, out=scores)
+        np.tanh(scores, out=scores)
+        np.multiply(scores, cap, out=scores)

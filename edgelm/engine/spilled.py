@@ -19,7 +19,7 @@ from edgelm.engine.arrays import at
 from edgelm.engine.backend import Bindings, Program
 from edgelm.engine.ir import AttendSpec
 from edgelm.engine.lanes import BlasThreads, Lanes, quiet
-from edgelm.engine.softmax import Part, clear, join, merge, weigh
+from edgelm.engine.softmax import Part, capped, clear, join, merge, weigh
 from edgelm.files.blocks import Floats
 from edgelm.memory.spill import SpilledCache
 from edgelm.memory.spill_shape import MOST_BLOCKS, PLACES
@@ -205,15 +205,6 @@ def widen(numbers: NDArray[np.float16], out: Floats) -> Floats:
     np.bitwise_and(bits, np.int32(-0x70000001), out=bits)
     np.multiply(wide, _EXPONENT, out=wide)
     return wide
-
-
-def capped(scores: Floats, softcap: float) -> None:
-    """Cap scores, if there is a cap: `cap * tanh(score / cap)`."""
-    if softcap:
-        cap = np.float32(softcap)
-        np.divide(scores, cap, out=scores)
-        np.tanh(scores, out=scores)
-        np.multiply(scores, cap, out=scores)
 
 
 def _finish_scores(scores: Floats, spec: AttendSpec, first: int, n: int, n_past: int) -> bool:

@@ -27,6 +27,8 @@ from edgelm.sizes import GB
 
 BACKENDS = ("numpy", "llamacpp", "mlx", "onnx")
 CHUNK = 16
+NOISE = {"numpy": 2e-3, "llamacpp": 0.02, "mlx": 0.01, "onnx": 0.1}
+"""What other arithmetic in the attention (and the rounding of later layers' keys) changes in logits of tiny models."""
 
 
 @cache
@@ -59,10 +61,14 @@ def prepared_at(
     speculate: bool = False,
 ) -> Prepared:
     """Return the plan of a budget; the caller closes its session."""
+    return prepared_as(path, Request(budget_bytes, context, 1, max_outputs, speculate), backend)
+
+
+def prepared_as(path: Path, request: Request, backend: str = "numpy") -> Prepared:
+    """Return the plan of a request; the caller closes its session."""
     chosen = get_backend(backend)
     session = chosen.open(1)
     try:
-        request = Request(budget_bytes, context, 1, max_outputs, speculate)
         return prepare(in_layout(path, chosen), chosen, session, request, 0, None)
     except BaseException:
         session.close()
@@ -107,6 +113,13 @@ def engine_at(
     prepared = prepared_at(
         path, budget_bytes, backend=backend, context=context, max_outputs=max_outputs, speculate=speculate
     )
+    with opened(prepared, wrap) as engine:
+        yield engine
+
+
+@contextmanager
+def opened(prepared: Prepared, wrap: Callable[[Store], Store] = lambda store: store) -> Iterator[Engine]:
+    """Open the engine of a plan; its weights come from memory through `wrap`."""
     store = wrap(MemoryStore([part.read_bytes() for part in prepared.file.paths]))
     engine = build(prepared, derived(store, prepared.file))
     try:

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import engines
 import numpy as np
 import pytest
-from engines import BACKENDS, engine_at, in_layout, need, shrink
+from engines import BACKENDS, engine_at, need, prepared_as, shrink
 
 import edgelm
 from edgelm import opening
@@ -17,12 +18,9 @@ from edgelm.engine import filtered
 from edgelm.engine.filtered import FilteredEngine
 from edgelm.engine.filtering import FIRST, LAST
 from edgelm.engine.generate import Conversation
-from edgelm.engine.loading import Prepared, Request, build, prepare, replan
-from edgelm.engine.registry import get_backend
+from edgelm.engine.loading import Prepared, Request, replan
 from edgelm.errors import BudgetTooSmall, ConfigError, ContextOverflow
-from edgelm.memory.derived import derived
 from edgelm.memory.predict import Rates
-from edgelm.memory.stores import MemoryStore
 from edgelm.sizes import GB
 from edgelm.testing import tiny_model
 
@@ -46,25 +44,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def prepared_at(path: Path, budget_bytes: int, backend: str = "numpy", kept: float = 0.25) -> Prepared:
-    chosen = get_backend(need(backend))
-    session = chosen.open(1)
-    try:
-        request = Request(budget_bytes, CONTEXT, 1, speculate=False, attention="filtered", kept=kept)
-        return prepare(in_layout(path, chosen), chosen, session, request, 0, None)
-    except BaseException:
-        session.close()
-        raise
+    request = Request(budget_bytes, CONTEXT, 1, speculate=False, attention="filtered", kept=kept)
+    return prepared_as(path, request, need(backend))
 
 
 @contextmanager
 def opened(prepared: Prepared) -> Iterator[FilteredEngine]:
-    store = MemoryStore([part.read_bytes() for part in prepared.file.paths])
-    engine = build(prepared, derived(store, prepared.file))
-    assert isinstance(engine, FilteredEngine)
-    try:
+    with engines.opened(prepared) as engine:
+        assert isinstance(engine, FilteredEngine)
         yield engine
-    finally:
-        engine.close()
 
 
 def floor(path: Path, backend: str = "numpy") -> int:

@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import in_layout, need, prepared_at, shrink
+from engines import need, opened, prepared_as, prepared_at, shrink
 
 import edgelm
 from edgelm import opening
 from edgelm.engine.forward import Engine
 from edgelm.engine.generate import Conversation
-from edgelm.engine.loading import Request, build, prepare, replan
+from edgelm.engine.loading import Request, build, replan
 from edgelm.engine.logprobs import Watched
-from edgelm.engine.registry import get_backend
 from edgelm.engine.samples import answers, longest
 from edgelm.engine.sampling import Sampling, make_sampler
 from edgelm.errors import BudgetTooSmall, ConfigError, ContextOverflow
@@ -59,19 +58,9 @@ def tiny_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def engine_for(path: Path, budget_bytes: int, parallel: int, context: int = 256) -> Iterator[Engine]:
     """Open an engine with room for so many answers, and no rows for drafts."""
-    backend = get_backend("numpy")
     request = Request(budget_bytes, context, 1, speculate=False, parallel=parallel)
-    session = backend.open(1)
-    try:
-        prepared = prepare(in_layout(path, backend), backend, session, request, 0, None)
-    except BudgetTooSmall:
-        session.close()
-        raise
-    engine = build(prepared, derived(MemoryStore([path.read_bytes()]), prepared.file))
-    try:
+    with opened(prepared_as(path, request)) as engine:
         yield engine
-    finally:
-        engine.close()
 
 
 def budgets_of(path: Path, parallel: int, context: int = 256) -> tuple[int, int]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from engines import BACKENDS, engine_at, in_layout, need, shrink
+from engines import BACKENDS, NOISE, engine_at, in_layout, need, opened, shrink
 
 from edgelm.engine import demand, loading
 from edgelm.engine.backend import Adopting
@@ -19,7 +18,6 @@ from edgelm.engine.loading import Prepared, Request, build, open_path, prepare, 
 from edgelm.engine.registry import get_backend
 from edgelm.engine.spilling import spilling_of
 from edgelm.errors import BudgetTooSmall, Cancelled
-from edgelm.memory.derived import derived
 from edgelm.memory.spill_shape import PLACES
 from edgelm.memory.stores import MemoryStore, ThrottledStore
 from edgelm.sizes import GB
@@ -28,8 +26,6 @@ from edgelm.text.tokenizer import load_tokenizer
 
 CONTEXT, N_PROMPT = 1280, 1100
 IDS = np.random.default_rng(3).integers(3, 250, CONTEXT).tolist()
-NOISE = {"numpy": 2e-3, "llamacpp": 0.02, "mlx": 0.01, "onnx": 0.1}
-"""What other arithmetic in the attention (and the rounding of later layers' keys) changes in logits of tiny models."""
 
 
 @pytest.fixture(autouse=True)
@@ -68,15 +64,6 @@ def prepared_to_spill(
         loading.settle(model, demands, 1, terms)
     plan = loading.settle(model, demands, caught.value.needed_bytes + more_bytes, terms)
     return prepared._replace(model=model, plan=plan, spilling=spilling)
-
-
-@contextmanager
-def opened(prepared: Prepared) -> Iterator[Engine]:
-    engine = build(prepared, derived(MemoryStore([part.read_bytes() for part in prepared.file.paths]), prepared.file))
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 def talk(engine: Engine) -> list[np.ndarray]:

@@ -18,9 +18,9 @@ START, EACH, MOST, LEAST = 1.0, 0.008, 2.0, -1.0
 it may be behind, so that it comes back where guesses are nearly sure."""
 
 
-def goodput(reach: Sequence[float], n: int, curve: Curve) -> float:
-    """Return the tokens a second that a pass promises which verifies the `n` likeliest guesses; see `nodes_for`."""
-    return (1.0 + sum(reach[:n])) / (curve.seconds(n + 1) * curve.doubt)
+def goodput(expected: float, n_rows: int, curve: Curve) -> float:
+    """Return the tokens a second that a pass of `n_rows` promises which is expected to yield so many."""
+    return expected / (curve.seconds(n_rows) * curve.doubt)
 
 
 class Allowance:
@@ -47,13 +47,18 @@ def nodes_for(reach: Sequence[float], curve: Curve, most_rows: int, allowed: flo
     if not plain_s:  # no pass was measured yet
         return 0
     best, best_n = WORTH / plain_s, 0
+    expected, bearable, done = 1.0, 1.0 + allowed, 0
     for width in WIDTHS[1:]:
         n = width - 1
         if width > most_rows or n > len(reach):
             break
-        if curve.seconds(width) > (1 + sum(chance * chance for chance in reach[:n]) + allowed) * plain_s:
+        for chance in reach[done:n]:
+            expected += chance
+            bearable += chance * chance
+        done = n
+        if curve.seconds(width) > bearable * plain_s:
             continue
-        promised = goodput(reach, n, curve)
+        promised = goodput(expected, width, curve)
         if promised > best:
             best, best_n = promised, n
     return best_n

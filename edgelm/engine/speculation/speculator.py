@@ -114,7 +114,8 @@ class Speculator:
         n_nodes = nodes_for(grown.reach, self._curve, most_rows, self._allowance.passes)
         self._model_s = 0.0
         if self._model is not None and most and not forced:
-            if not n_nodes or not self._model_tps or self._model_tps > goodput(grown.reach, n_nodes, self._curve):
+            by_text = goodput(1.0 + sum(grown.reach[:n_nodes]), 1 + n_nodes, self._curve) if n_nodes else 0.0
+            if not self._model_tps or self._model_tps > by_text:
                 began_s = time.perf_counter()
                 guessed = self._model.grow(history, most, self._curve, engine.trees)
                 if n_guessed := nodes_for(guessed.reach, self._curve, most_rows, self._allowance.passes):
