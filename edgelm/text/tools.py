@@ -16,19 +16,33 @@ from edgelm.errors import ConfigError
 
 OPENERS = (
     "<tool_call>",  # Hermes, Qwen, SmolLM3, Granite
+    "<tool_calls>",  # Apriel
+    "<TOOLCALL>",  # Nemotron
     "<|tool_call|>",  # Granite 3, Phi-4-mini
     "<|python_tag|>",  # Llama 3
-    "<function=",  # Llama 3, Qwen3-Coder's older form
+    "<function=",  # Llama 3, Functionary
     "[TOOL_CALLS]",  # Mistral
-    "functools[",  # Phi-3.5, Phi-4
+    "functools[",  # Phi-3.5, Phi-4, FireFunction
+    "<｜tool▁calls▁begin｜>",  # DeepSeek R1
+    "<｜tool▁call▁begin｜>",
+    "<start_function_call>",  # FunctionGemma
     "```tool_code",  # Gemma
     "```tool_call",
     "```json",
 )
-_NOISE = re.compile(
-    r"</?tool_call>|<\|/?tool_call\|>|<\|python_tag\|>|\[TOOL_CALLS\]|^functools(?=\[)|```(?:tool_code|tool_call|json)?|</function>"
+_BETWEEN = re.compile(
+    r"(?:[\s;,]|</?tool_calls?>|</?TOOLCALL>|<\|/?tool_call\|>|<\|python_tag\|>|\[TOOL_CALLS\](?=\s*[\[{])"
+    r"|functools(?=\[)|```(?:tool_code|tool_call|json)?|</function>|<end_function_call>"
+    r"|<｜tool▁call▁end｜>|<｜tool▁calls▁(?:begin|end)｜>)*+"
 )
-_FUNCTION = re.compile(r"<function=([\w.-]+)>?", re.ASCII)
+_NAMED = re.compile(  # calls whose name stands before the JSON
+    r"<function=([\w.-]+)>?\s*|\[TOOL_CALLS\]\s*([\w.-]+)(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*"
+    r"|<｜tool▁call▁begin｜>\w*<｜tool▁sep｜>([\w.-]+)\s*(?:```json\s*)?|<start_function_call>\s*call:([\w.-]+)\s*",
+    re.ASCII,
+)
+_CLOSERS = ("```", "</tool_call>", "<|/tool_call|>")
+_BARE_KEY = re.compile(r"([{,]\s*)([\w.$-]+)\s*:")
+_OPENER = re.compile("|".join(map(re.escape, OPENERS)))
 _DECODER = json.JSONDecoder()
 
 
@@ -79,7 +93,8 @@ class ToolCallMatcher:
         if self._waits:
             return ""
         text = self._held
-        at = min((found for opener in OPENERS if (found := text.find(opener)) >= 0), default=-1)
+        opener = _OPENER.search(text)
+        at = opener.start() if opener else -1
         bare = text.lstrip()
         if not self._shown.strip() and bare[:1] in ("{", "["):
             at = len(text) - len(bare)
@@ -92,47 +107,71 @@ class ToolCallMatcher:
         return ready
 
     def flush(self) -> tuple[str, tuple[ToolCall, ...]]:
-        """Return the rest of the text, and the calls; of a rest that is calls no text is left."""
+        """Return the rest of the text, and the calls; of a rest that is calls no text is left.
+
+        What began like a call and is none, such as an example in a thought, is text before the calls.
+        """
         rest, self._held = self._held, ""
-        calls = parse_calls(rest, self._names)
-        return ("", calls) if calls else (rest, ())
+        for at in sorted({0, *(found.start() for found in _OPENER.finditer(rest))}):
+            if calls := parse_calls(rest[at:], self._names):
+                return rest[:at], calls
+        return rest, ()
 
 
 def parse_calls(text: str, names: frozenset[str]) -> tuple[ToolCall, ...]:
     """Return the calls of tools of these names that `text` is made of; none if it is made of anything else."""
-    function = _FUNCTION.search(text)
-    if function is not None:
-        values = _json_values(_NOISE.sub(" ", text[function.end() :]))
-        values = [{"name": function[1], "arguments": values[0]}] if values else []
-    else:
-        clean = _NOISE.sub(" ", text).strip()
-        values = _json_values(clean) or _python_values(clean)
-    calls = [_call(value) for value in values]
+    calls = [_call(value) for value in _json_values(_unescaped(text)) or _python_values(text)]
     if not calls or any(call is None or call.name not in names for call in calls):
         return ()
     return tuple(call for call in calls if call is not None)
 
 
 def _json_values(text: str) -> list[Any]:
-    """Return the values of JSON texts that follow each other, arrays taken apart; empty if it is not only that."""
+    """Return the calls and other values that follow each other in a text, arrays taken apart.
+
+    Empty if it is not only that.
+    """
     values: list[Any] = []
-    at = 0
+    at = _between(text, 0)
     while at < len(text):
-        if text[at] in " \t\r\n;,":
-            at += 1
-            continue
+        named = _NAMED.match(text, at)
         try:
-            value, at = _DECODER.raw_decode(text, at)
-        except ValueError:
+            value, at = _DECODER.raw_decode(text, named.end() if named else at)
+        except (ValueError, RecursionError):
             return []
-        values.extend(value if isinstance(value, list) else [value])
+        if named:
+            values.append({"name": named[named.lastindex or 0], "arguments": value})
+        else:
+            values.extend(value if isinstance(value, list) else [value])
+        at = _between(text, at)
     return values
+
+
+def _between(text: str, at: int) -> int:
+    """Return where what only marks calls, or stands between them, ends."""
+    found = _BETWEEN.match(text, at)
+    return found.end() if found else at
+
+
+def _unescaped(text: str) -> str:
+    """Return FunctionGemma's `call:f{a:<escape>b<escape>}` with the braces as JSON; other texts as they are."""
+    if "<start_function_call>" not in text:
+        return text
+    parts = text.split("<escape>")
+    if any('"' in part for part in parts[::2]):
+        return text
+    parts[::2] = [_BARE_KEY.sub(r'\1"\2":', part) for part in parts[::2]]
+    parts[1::2] = [json.dumps(part, ensure_ascii=False) for part in parts[1::2]]
+    return "".join(parts)
 
 
 def _python_values(text: str) -> list[Any]:
     """Return calls written as Python, `f(a=1)` or a list of them, as values; nothing is evaluated but literals."""
+    text = text[_between(text, 0) :].rstrip()
+    for closer in _CLOSERS:
+        text = text.removesuffix(closer).rstrip()
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        tree = ast.parse(text, mode="eval").body
         calls = tree.elts if isinstance(tree, ast.List) else [tree]
         return [
             {

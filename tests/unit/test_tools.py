@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ ONE = {
     "Phi-4-mini": f"<|tool_call|>[{JSON}]<|/tool_call|>",
     "Phi-3.5": f"functools[{JSON}]",
     "Mistral": f"[TOOL_CALLS][{JSON}]",
+    "FireFunction": f" functools[{JSON}]",
+    "Mistral Small 3": '[TOOL_CALLS]get_weather[CALL_ID]a1b2c3d4e[ARGS]{"city": "Paris", "days": 2}',
+    "Devstral, Ministral": '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris", "days": 2}',
+    "Apriel": f"<tool_calls>[{JSON}]</tool_calls>",
+    "Nemotron": f"<TOOLCALL>[{JSON}]</TOOLCALL>",
+    "DeepSeek R1": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
+    '{"city": "Paris", "days": 2}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    "FunctionGemma": "<start_function_call>call:get_weather{city:<escape>Paris<escape>,days:2}<end_function_call>",
+    "FunctionGemma, JSON": '<start_function_call>call:get_weather{"city": "Paris", "days": 2}<end_function_call>',
     "Gemma, Python": '```tool_code\nget_weather(city="Paris", days=2)\n```',
     "Gemma, a list": '[get_weather(city="Paris", days=2)]',
     "Gemma, JSON": f"```json\n{JSON}\n```",
@@ -70,6 +80,11 @@ def test_several_calls() -> None:
         f"[{JSON}, {second}]",
         f"{JSON}; {second}",
         '[get_weather(city="Paris", days=2), add(a=1, b=2)]',
+        '<function=get_weather>{"city": "Paris", "days": 2}</function>\n<function=add>{"a": 1, "b": 2}</function>',
+        '[TOOL_CALLS]get_weather[CALL_ID]1[ARGS]{"city": "Paris", "days": 2}'
+        '[TOOL_CALLS]add[CALL_ID]2[ARGS]{"a": 1, "b": 2}',
+        "<start_function_call>call:get_weather{city:<escape>Paris<escape>,days:2}<end_function_call>"
+        "<start_function_call>call:add{a:1,b:2}<end_function_call>",
     ):
         assert parse_calls(text, NAMES) == (WEATHER, other)
 
@@ -82,6 +97,45 @@ def test_text_before_a_call_streams_and_the_call_does_not_show(form: str, size: 
     shown = "".join(matcher.feed(text[i : i + size]) for i in range(0, len(text), size))
     rest, calls = matcher.flush()
     assert (shown + rest, calls) == ("I look it up < 5 minutes. ", (WEATHER,))
+
+
+@pytest.mark.parametrize(
+    "text", ["```json\n{}\n```", "a <tool_call> b</tool_call>", "[TOOL_CALLS]x[ARGS]{", 'a, b: "c"']
+)
+def test_arguments_come_back_as_they_were_written(text: str) -> None:
+    call = ToolCall("get_weather", {"city": text, "near": [{"by": text}], "days": None, "now": True})
+    spelled = json.dumps(call.arguments)
+    for form in (
+        f'<tool_call>\n{{"name": "get_weather", "arguments": {spelled}}}\n</tool_call>',
+        f"<function=get_weather>{spelled}</function>",
+        f"[TOOL_CALLS]get_weather[ARGS]{spelled}",
+        f"<start_function_call>call:get_weather{{city:<escape>{text}<escape>,near:[{{by:<escape>{text}<escape>}}],"
+        "days:null,now:true}<end_function_call>",
+        f"```tool_code\nget_weather(city={text!r}, near=[{{'by': {text!r}}}], days=None, now=True)\n```",
+    ):
+        assert parse_calls(form, NAMES) == (call,)
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize("before", [
+    '<think>```json\n{"x": 1}\n```</think>\n\n', "<think><tool_call> comes next</think>", "[1] is known.\n",
+    f"<think>```json\n{JSON}\n``` or not</think>\n",
+])  # fmt: skip
+def test_an_example_in_a_thought_hides_no_call(before: str, size: int) -> None:
+    text = f"{before}<tool_call>\n{JSON}\n</tool_call>"
+    matcher = ToolCallMatcher(NAMES)
+    shown = "".join(matcher.feed(text[i : i + size]) for i in range(0, len(text), size))
+    rest, calls = matcher.flush()
+    assert (shown + rest, calls) == (before, (WEATHER,))
+
+
+def test_long_answers_that_are_no_calls_take_no_time() -> None:
+    began = time.perf_counter()
+    for text in ("[" * 100_000, "```json\n{}\n``` and " * 500, "<tool_call>" + " " * 100_000 + "x"):
+        assert parse_calls(text, NAMES) == ()
+        matcher = ToolCallMatcher(NAMES)
+        assert (matcher.feed(text) + matcher.flush()[0]) == text
+    assert time.perf_counter() - began < 5
 
 
 def test_tools_are_checked_and_have_a_schema() -> None:
