@@ -14,7 +14,7 @@ from edgelm.engine.passes import n_common
 from edgelm.errors import ConfigError, ContextOverflow, ModelFileError, ToolsIgnored
 from edgelm.files.writing import whole_or_nothing
 from edgelm.text.respelling import respelled
-from edgelm.text.tools import ToolCall, ToolCallMatcher, checked_tools
+from edgelm.text.tools import ToolCall, ToolCallMatcher, checked_tools, hidden_marks
 
 if TYPE_CHECKING:
     from edgelm.model import Model
@@ -48,6 +48,7 @@ class Chat:
             raise ConfigError(f"overflow must be 'error' or 'trim', got {overflow!r}")
         self._model, self._overflow, self._keep = model, overflow, keep
         self._tools = checked_tools(tools)
+        self._marks = hidden_marks(model.tokenizer) if self._tools else {}
         self._said: list[int] = []  # the last prompt and its answer: what a model spelled is not spelled anew
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
         if self._tools and self.render("x") == model.template.render([*self.messages, _said_by_user("x")]).text:
@@ -87,10 +88,12 @@ class Chat:
         calls: tuple[ToolCall, ...] = ()
         try:
             for chunk in chunks:
+                mark = ""
                 if chunk.token_id is not None:
                     said.append(chunk.token_id)
+                    mark = self._marks.get(chunk.token_id, "")
                 if matcher is not None:
-                    shown = matcher.feed(chunk.text)
+                    shown = matcher.feed(mark + chunk.text)
                     if chunk.token_id is None:
                         rest, calls = matcher.flush()
                         shown += rest

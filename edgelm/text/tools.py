@@ -10,9 +10,12 @@ import ast
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgelm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgelm.text.tokenizer import Tokenizer
 
 OPENERS = (
     "<tool_call>",  # Hermes, Qwen, SmolLM3, Granite
@@ -30,6 +33,12 @@ OPENERS = (
     "```tool_call",
     "```json",
 )
+MARKS = (
+    "<tool_call>", "</tool_call>", "<|tool_call|>", "<|/tool_call|>", "<|python_tag|>", "[TOOL_CALLS]", "[CALL_ID]",
+    "[ARGS]", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>", "<start_function_call>", "<end_function_call>", "<escape>",
+)  # fmt: skip
+"""Texts that vocabularies may have as control tokens, which a text leaves out: without them a call cannot be told."""
 _BETWEEN = re.compile(
     r"(?:[\s;,]|</?tool_calls?>|</?TOOLCALL>|<\|/?tool_call\|>|<\|python_tag\|>|\[TOOL_CALLS\](?=\s*[\[{])"
     r"|functools(?=\[)|```(?:tool_code|tool_call|json)?|</function>|<end_function_call>"
@@ -77,6 +86,12 @@ def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
         )
     return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
+def hidden_marks(tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the marks of calls that this vocabulary has as control tokens, by id."""
+    ids = {mark: tokenizer.find(mark) for mark in MARKS}
+    return {token: mark for mark, token in ids.items() if token is not None and tokenizer.is_special(token)}
 
 
 class ToolCallMatcher:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from edgelm.errors import ConfigError
 from edgelm.memory.predict import Rates
 from edgelm.sizes import GB
 from edgelm.testing import tiny_model
-from edgelm.text.tools import ToolCall, ToolCallMatcher, call_schema, checked_tools, parse_calls
+from edgelm.testing.tiny_vocab import CONTROL, gpt2_vocab
+from edgelm.text.tools import MARKS, ToolCall, ToolCallMatcher, call_schema, checked_tools, parse_calls
 
 WEATHER = ToolCall("get_weather", {"city": "Paris", "days": 2})
 JSON = '{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}'
@@ -204,3 +206,34 @@ def test_a_template_that_leaves_tools_out_is_announced(chat_of: Any, monkeypatch
     assert caught[0].filename == __file__
     chunks = list(chat.stream("x", max_tokens=200, json_schema=call_schema(checked_tools(tools))))
     assert chunks[-1].tool_calls[0].name == "add"
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        ("I look.", "[TOOL_CALLS]", "get_weather", "[CALL_ID]", "a1", "[ARGS]", '{"city": "Paris", "days": 2}'),
+        ("I look.", "<|tool_call|>", f"[{JSON}]", "<|/tool_call|>"),
+        ("I look.", "<start_function_call>", "call:get_weather{city:", "<escape>", "Paris", "<escape>", ",days:2}"),
+    ],
+)
+def test_marks_that_are_control_tokens_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelled: tuple[str, ...]
+) -> None:
+    """A text leaves control tokens out; a call could not be told from other text without them."""
+    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
+    vocab = gpt2_vocab("gpt-2")
+    vocab["tokenizer.ggml.tokens"] += MARKS
+    vocab["tokenizer.ggml.token_type"] = [*vocab["tokenizer.ggml.token_type"].tolist(), *[CONTROL] * len(MARKS)]
+    path = tiny_model(tmp_path / "tiny.gguf", "llama", metadata={**vocab, "tokenizer.chat_template": TEMPLATE})
+    with edgelm.load(path, memory=GB, backend="numpy", threads=1, context=512) as model:
+        ids = [token for part in spelled for token in model.tokenizer.encode(part, parse_special=True, add_bos=False)]
+
+        def said(*_: Any, **__: Any) -> Generator[int, None, str]:
+            yield from ids
+            return "stop"
+
+        monkeypatch.setattr("edgelm.model.token_ids", said)
+        chunks = list(model.chat(tools=[{"name": "get_weather"}]).stream("hello"))
+        assert "".join(chunk.text for chunk in chunks) == "I look."
+        assert chunks[-1].tool_calls == (WEATHER,)
+        assert "[TOOL_CALLS]" not in model.chat().send("hello")
