@@ -7,7 +7,9 @@ tokens. Knows messages and texts of tokens; knows no template language.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from edgelm.errors import ConfigError
@@ -43,7 +45,29 @@ def _checked(message: Message, number: int) -> dict[str, Any]:
         content = ""
     if not isinstance(content, str):
         raise ConfigError(f"message {number} ({role}) has no text: its content is {type(content).__name__}, not str")
-    return {**message, "role": "system" if role == "developer" else role, "content": content}
+    told = {**message, "role": "system" if role == "developer" else role, "content": content}
+    if message.get("tool_calls"):
+        told["tool_calls"] = _checked_calls(message["tool_calls"], number)
+    return told
+
+
+def _checked_calls(calls: Any, number: int) -> list[dict[str, Any]]:
+    """Return calls as `{"function": {"name", "arguments"}}`, arguments as an object also if they came as its text."""
+    found = []
+    for call in calls if isinstance(calls, Sequence) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ConfigError(
+                f"message {number} has tool_calls that are none; "
+                "give [{'function': {'name': ..., 'arguments': {...}}}, ...]"
+            )
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            with suppress(ValueError):
+                arguments = json.loads(arguments)
+        whole = call if "function" in call else {}
+        found.append({"type": "function", **whole, "function": {**function, "arguments": arguments}})
+    return found
 
 
 def _part_text(part: Any, number: int) -> str:

@@ -37,6 +37,10 @@ class Refused(Exception):
     """The template called `raise_exception`: it does not accept these messages."""
 
 
+class Failed(TemplateError):
+    """The template fails with these messages, though it does nothing that it may not."""
+
+
 class LimitExceeded(Exception):
     """The template does more than a template may."""
 
@@ -80,7 +84,7 @@ class Sandbox:
         except (LimitExceeded, RecursionError, MemoryError, OverflowError) as error:
             raise TemplateError(f"the chat template does not end or grows too large: {_reason(error)}") from error
         except Exception as error:
-            raise TemplateError(
+            raise Failed(
                 f"the chat template fails: {_reason(error)}; check the messages or give another template"
             ) from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import TemplateError
@@ -15,12 +16,14 @@ from edgelm.text.fallbacks import FALLBACKS, PLAIN, Fallback, with_system_folded
 from edgelm.text.messages import Guard, Message, checked_messages, texts_of
 from edgelm.text.prompt import Prompt
 from edgelm.text.tokenizer import Tokenizer
+from edgelm.text.tool_turns import as_python, has_calls, readings, silenced, with_tools_told
 
 if TYPE_CHECKING:
     from edgelm.text.build import ModelHeader
     from edgelm.text.sandbox import Sandbox
 
 _STRUCTURAL = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
+_TOOLS_IN_SYSTEM = "'tools' in message"  # Phi-4-mini
 _FOLDED = "this model's template has no system role: the system text was put before the first user message"
 
 
@@ -86,7 +89,8 @@ class ChatTemplate:
         self, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: Any, extra: Mapping[str, Any]
     ) -> tuple[str, str | None]:
         if self._fallback is not None:
-            return self._fallback.render(messages, add_generation_prompt), None
+            told, notice = [*readings(messages, "")][-1] if has_calls(messages) else (messages, None)
+            return self._fallback.render(told, add_generation_prompt), notice
         from edgelm.text.sandbox import Refused, Sandbox
 
         if self._compiled is None:
@@ -94,19 +98,57 @@ class ChatTemplate:
         variables = {
             **self._special_names(),
             "tools": tools,
+            "xml_tools": tools,  # SmolLM3's name for them
             "documents": None,
             **extra,
             "add_generation_prompt": add_generation_prompt,
         }
+        if tools and _TOOLS_IN_SYSTEM in self._template:
+            messages = with_tools_told(messages, tools)
         try:
-            return self._compiled.render({**variables, "messages": messages}), None
+            return self._told(self._compiled, messages, variables)
         except Refused as refused:
             if not any(message["role"] == "system" for message in messages):
                 raise _refusal(refused) from refused
             try:
-                return self._compiled.render({**variables, "messages": with_system_folded(messages)}), _FOLDED
+                text, notice = self._told(self._compiled, with_system_folded(messages), variables)
             except Refused as again:
                 raise _refusal(again) from again
+            return text, f"{_FOLDED}; {notice}" if notice else _FOLDED
+
+    def _told(
+        self, compiled: Sandbox, messages: list[dict[str, Any]], variables: Mapping[str, Any]
+    ) -> tuple[str, str | None]:
+        """Render messages, calls of tools in the first way in which the template leaves nothing of them out."""
+        from edgelm.text.sandbox import Failed, Refused
+
+        def rendered(told: list[dict[str, Any]]) -> str:
+            return compiled.render({**variables, "messages": told})
+
+        def heard(told: list[dict[str, Any]], text: str) -> bool:
+            for other in silenced(told):
+                with suppress(Refused, Failed):
+                    if rendered(other) == text:
+                        return False
+            return not as_python(told, text)
+
+        if not has_calls(messages):
+            return rendered(messages), None
+        partly: tuple[str, str | None] | None = None
+        why: Exception | None = None
+        for told, notice in readings(messages, self._template):
+            try:
+                text = rendered(told)
+            except (Refused, Failed) as error:
+                why = error
+                continue
+            if heard(told, text):
+                return text, notice
+            partly = partly or (text, notice)
+        if partly is None:
+            assert why is not None
+            raise why
+        return partly
 
     def _special_names(self) -> dict[str, str]:
         tokenizer = self._tokenizer
