@@ -37,6 +37,7 @@ MARKS = (
     "<tool_call>", "</tool_call>", "<|tool_call|>", "<|/tool_call|>", "<|python_tag|>", "[TOOL_CALLS]", "[CALL_ID]",
     "[ARGS]", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>",
     "<｜tool▁calls▁end｜>", "<start_function_call>", "<end_function_call>", "<escape>",
+    "<start_function_response>",
 )  # fmt: skip
 """Texts that vocabularies may have as control tokens, which a text leaves out: without them a call cannot be told."""
 _BETWEEN = re.compile(
@@ -172,6 +173,7 @@ def _unescaped(text: str) -> str:
     """Return FunctionGemma's `call:f{a:<escape>b<escape>}` with the braces as JSON; other texts as they are."""
     if "<start_function_call>" not in text:
         return text
+    text = text.partition("<start_function_response>")[0]  # what follows the model made up
     parts = text.split("<escape>")
     if any('"' in part for part in parts[::2]):
         return text

@@ -39,6 +39,8 @@ ONE = {
     "DeepSeek R1": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
     '{"city": "Paris", "days": 2}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
     "FunctionGemma": "<start_function_call>call:get_weather{city:<escape>Paris<escape>,days:2}<end_function_call>",
+    "FunctionGemma, going on": "<start_function_call>call:get_weather{city:<escape>Paris<escape>,days:2}"
+    "<end_function_call><start_function_response>response:get_weather{value:<escape>rain<escape>}",
     "FunctionGemma, JSON": '<start_function_call>call:get_weather{"city": "Paris", "days": 2}<end_function_call>',
     "Gemma, Python": '```tool_code\nget_weather(city="Paris", days=2)\n```',
     "Gemma, a list": '[get_weather(city="Paris", days=2)]',
