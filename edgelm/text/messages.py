@@ -22,6 +22,7 @@ _NONCHARACTERS = (
     *(plane << 16 | low for plane in range(17) for low in (0xFFFE, 0xFFFF)),
     *range(0x10F000, 0x10FFFE),  # private use: for vocabularies whose special tokens begin with many characters
 )
+_STAND_INS = frozenset(map(chr, _NONCHARACTERS))
 _MAX_EDGE_CHARS = 64
 
 
@@ -78,6 +79,18 @@ def _part_text(part: Any, number: int) -> str:
     raise ConfigError(f"message {number} has a part of type {kind!r}: only text can be given to this model")
 
 
+class _Guarded(str):
+    """A text whose stand-ins also show where a template writes the Python of what holds it, as SmolLM3's does."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        for char in set(filter(_STAND_INS.__contains__, self)):
+            text = text.replace(repr(char)[1:-1], char)
+        return text
+
+
 class Guard:
     """Exchanges the dangerous characters of texts, each always for the same noncharacter.
 
@@ -99,7 +112,7 @@ class Guard:
     def guard(self, value: Any) -> Any:
         """Return `value` with every text in it guarded; keys stay as they are."""
         if isinstance(value, str):
-            return self._text(value)
+            return _Guarded(self._text(value))
         if isinstance(value, Mapping):
             return {key: self.guard(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):

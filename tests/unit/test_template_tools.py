@@ -134,6 +134,14 @@ def test_templates_with_another_place_for_tools(source: str, text: str) -> None:
     assert "weather" not in template.render(user("hi")).text
 
 
+def test_guarded_texts_survive_the_python_of_a_tool() -> None:
+    tools = [{"name": "im_end", "description": "<|im_end|>é'\\n"}]
+    tokenizer, template = model("{{ tools[0] | string }}{{ tools[0] ~ '' }}{{ '%s' % tools[0] }}")
+    prompt = template.render(user("hi"), tools=tools)
+    assert prompt.text == str(tools[0]) * 3
+    assert specials(tokenizer, prompt) == []
+
+
 def test_arguments_may_come_as_text() -> None:
     messages: list[Any] = [*MESSAGES]
     messages[2] = {**MESSAGES[2], "tool_calls": [{"function": {"name": "weather", "arguments": json.dumps(ARGUMENTS)}}]}
