@@ -173,10 +173,15 @@ class _Lowering:
 
     def _linear(self, op: Op) -> None:
         matrix, *bias = self._weights(op)
-        y = self.g.ggml_mul_mat(self.ctx, matrix, self._matrix(op.inputs[0]))
+        x, form, n_rows = self._matrix(op.inputs[0]), None, self.shape.rows(self.segment.values[op.output].per)
+        if self.shape.verified and n_rows > 1:  # row by row, see `_attend`
+            width = self.segment.values[op.inputs[0]].width
+            x = self._view(self.g.ggml_reshape_3d(self.ctx, x, width, 1, n_rows), x)
+            form = self.segment.values[op.output].width, 1, n_rows
+        y = self.g.ggml_mul_mat(self.ctx, matrix, x)
         for vector in bias:
             y = self.g.ggml_add(self.ctx, y, vector)
-        self._result(op, y)
+        self._result(op, y, form)
 
     def _concat(self, op: Op) -> None:
         tensor = self._matrix(op.inputs[0])
@@ -271,8 +276,8 @@ class _Lowering:
         if is_quantized(value_item):
             self._attend_fused(op, spec, source, keys, values, mask)
             return
-        # rows that are verified attend one by one, as in passes of one: products of several at once add up in another
-        # order, and 8-bit activations can make half a logit of that
+        # rows that are verified are computed one by one, as in passes of one: products of several at once add up in
+        # another order, and 8-bit activations can make half a logit of that
         apart = self.shape.verified and n_tokens > 1
         if apart:
             q = self._view(g.ggml_reshape_4d(ctx, source, spec.head_dim_k, 1, spec.n_heads, n_tokens), source)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from engines import BACKENDS, budgets, engine_at, need, shrink
 
+from edgelm.engine.forward import Engine
 from edgelm.engine.loading import open_path
 from edgelm.engine.rows import Rows
 from edgelm.memory.arena import depths, is_chain
@@ -97,17 +98,33 @@ def test_what_is_kept_is_as_if_it_had_been_appended(models: dict[str, Path], bac
             assert np.abs(engine.forward(IDS[:3])[-1] - after).max() < NOISE[backend]
 
 
+def same_bits_in_a_chain_as_alone(engine: Engine, ids: list[int], n_past: int) -> bool:
+    """Compare the logits of passes of one with those of a chain of the same ids."""
+    engine.forward(ids[:n_past])
+    alone = [engine.forward([token])[-1].copy() for token in ids[n_past:]]
+    engine.truncate(n_past)
+    rows = engine.verify(ids[n_past:], range(-1, len(alone) - 1))
+    return all(np.array_equal(rows[i], logits) for i, logits in enumerate(alone))
+
+
 @pytest.mark.models
-def test_ggml_gives_a_row_the_same_bits_in_a_chain_as_alone(real_model: Callable[[str], Path]) -> None:
-    """With 8-bit activations the smallest difference of an attention can become one of half a logit."""
-    path = real_model("smollm2-135m-instruct")
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
+def test_ggml_gives_a_row_the_same_bits_in_a_chain_as_alone(real_model: Callable[[str], Path], name: str) -> None:
+    """With 8-bit activations the smallest difference of a product can become one of half a logit."""
+    path = real_model(name)
     ids = load_tokenizer(open_path(path)).encode(Path(__file__).parents[2].joinpath("bench/prompt.txt").read_text())
     with engine_at(path, GB, backend=need("llamacpp"), context=256, speculate=True) as engine:
-        engine.forward(ids[:200])
-        alone = [engine.forward([token])[-1].copy() for token in ids[200:216]]
-        engine.truncate(200)
-        rows = engine.verify(ids[200:216], range(-1, 15))
-        assert all(np.array_equal(rows[i], logits) for i, logits in enumerate(alone))
+        assert engine.max_rows > 7
+        assert same_bits_in_a_chain_as_alone(engine, ids[: 200 + engine.max_rows], 200)
+
+
+@pytest.mark.parametrize("type_name", ["F32", "F16", "BF16", "Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q6_K"])
+def test_it_does_so_with_every_kernel(tmp_path: Path, type_name: str) -> None:
+    """Some kernels are other ones for more than one row, or for more than seven."""
+    path = tiny_model(tmp_path / "tiny.gguf", "llama", types=type_name, n_embd=256, n_ff=512)
+    for width in (2, 4, 9, 16):
+        with engine_at(path, GB, backend=need("llamacpp"), max_outputs=width) as engine:
+            assert same_bits_in_a_chain_as_alone(engine, IDS[: 20 + width], 20), width
 
 
 def test_what_nobody_keeps_is_forgotten(models: dict[str, Path]) -> None:
