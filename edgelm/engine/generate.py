@@ -165,7 +165,7 @@ def token_ids(
     history = list(prompt)
     engine, count = conversation.engine, 0
     new = [_drawn(conversation, sampler, conversation.logits, history, len(prompt))]
-    if speculator is not None:
+    if speculator is not None and max_tokens > 1:
         speculator.begin(history)
     while True:
         for token in new:

@@ -27,16 +27,20 @@ class Curve:
         self._seen: dict[int, deque[float]] = {1: deque(maxlen=_KEPT_PLAIN)}
         self._factor: dict[int, float] = {1: 1.0}
         self._begun: set[int] = set()
+        self._times: dict[int, float] = {}
+        self._compare()
 
-    def seconds(self, width: int) -> float:
-        """Return what a pass of `width` rows is expected to take: measured, or foretold and corrected by what was."""
-        factor = self._factor.get(width)
-        if factor is None:
-            known = [n for n in self._factor if n > 1]
+    def _compare(self) -> None:
+        """Put together how much dearer each width is: measured, or foretold and corrected by what was."""
+        known = [n for n in self._factor if n > 1]
+        for width, foretold in self._foretold.items():
             nearest = min(known, key=lambda n: abs(n - width), default=None)
             wrong = self._factor[nearest] / self._foretold[nearest] if nearest else 1.0
-            factor = self._foretold[width] * max(wrong, 1.0)
-        return factor * self._one_s
+            self._times[width] = self._factor.get(width, foretold * max(wrong, 1.0))
+
+    def seconds(self, width: int) -> float:
+        """Return what a pass of `width` rows is expected to take, one of `WIDTHS`."""
+        return self._times[width] * self._one_s
 
     @property
     def doubt(self) -> float:
@@ -55,3 +59,4 @@ class Curve:
         elif self._one_s:
             seen.append(seconds / self._one_s)
             self._factor[width] = median(seen)
+            self._compare()

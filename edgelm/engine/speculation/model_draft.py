@@ -38,6 +38,11 @@ class ModelDraft:
         self._conversation, self._chances, self._n_vocab = conversation, chances, n_vocab
         self._step_s = 0.0
 
+    def begin(self, ids: Sequence[int], curve: Curve) -> None:
+        """Read the text so far, so that the first round of the answer need not wait for that."""
+        if self._may_pay(curve) and len(ids) < self._conversation.engine.plan.context:
+            self._conversation.prefill(ids)
+
     def grow(self, history: Sequence[int], most: int, curve: Curve, branches: bool) -> Grown:
         """Return up to `most` guesses for what follows, those likeliest to be reached first."""
         conversation, tree = self._conversation, Grown()
@@ -45,8 +50,8 @@ class ModelDraft:
             return tree
         found: list[tuple[float, int, int, tuple[str, int, int]]] = []  # chance to be reached, parent, token, kind
         reach, expected, parent = 1.0, 1.0, ROOT
-        if (1 + LIKELY) * curve.seconds(1) < curve.seconds(2) + 2 * self._step_s:
-            return tree  # not even two good guesses would pay
+        if not self._may_pay(curve):
+            return tree
         conversation.prefill(history)
         for depth in range(most):
             choices = self._choices()
@@ -67,6 +72,10 @@ class ModelDraft:
             took_s = time.perf_counter() - began_s
             self._step_s += (took_s - self._step_s) * (_FRESH if self._step_s else 1.0)
         return _sorted(found, most)
+
+    def _may_pay(self, curve: Curve) -> bool:
+        """Whether at least two good guesses would."""
+        return (1 + LIKELY) * curve.seconds(1) >= curve.seconds(2) + 2 * self._step_s
 
     def _choices(self) -> list[tuple[int, float]]:
         """Return the likeliest next tokens with their probabilities, the likeliest first."""

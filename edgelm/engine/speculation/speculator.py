@@ -71,6 +71,8 @@ class Speculator:
             self._lookup.begin(ids)
             self._recycling.begin(ids)
             self._n_told = len(ids)
+            if self._model is not None:
+                self._model.begin(ids[:-1], self._curve)
 
     @property
     def successors(self) -> int:
@@ -110,8 +112,12 @@ class Speculator:
         if self._since_plain_s > PROBED * self._curve.seconds(1):
             most_rows = 1
         most = max(most_rows - 1, 0)
-        self._at_root = grown = grow(drafters, most, engine.trees, forced)
-        n_nodes = nodes_for(grown.reach, self._curve, most_rows, self._allowance.passes)
+        grown, n_nodes = grow(drafters, min(most, 1), engine.trees, forced), 0
+        # all others are no likelier than the first one: where that many of its kind would not pay, none are looked for
+        if grown.reach and nodes_for(grown.reach * most, self._curve, most_rows, self._allowance.passes):
+            grown = grow(drafters, most, engine.trees, forced)
+            n_nodes = nodes_for(grown.reach, self._curve, most_rows, self._allowance.passes)
+        self._at_root = grown
         self._model_s = 0.0
         if self._model is not None and most and not forced:
             by_text = goodput(1.0 + sum(grown.reach[:n_nodes]), 1 + n_nodes, self._curve) if n_nodes else 0.0
