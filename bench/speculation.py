@@ -3,8 +3,9 @@
     python bench/speculation.py --part resident|streamed|drafted|identity [--per-kind 3] [--tokens 96]
 
 Each child answers every prompt plainly and with guesses, in turn, `--rounds` times. `identity` then goes through the
-plain answer with guesses, and counts a flip wherever another token was the likeliest, with the gap between the two best
-log-probabilities there. `drafted` compares with plain decoding that has the memory of the draft for weights.
+plain answer with guesses, and counts a flip wherever another token was the likeliest, and where the answer with guesses
+first went another way, with the gap between the two best log-probabilities there. `drafted` compares with plain
+decoding that has the memory of the draft for weights.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def prompts(kinds: list[str], per_kind: int) -> list[dict[str, str]]:
 
 def child(spec: dict[str, Any]) -> list[dict[str, Any]]:
     import edgelm
+    from edgelm.engine.passes import n_common
 
     options = {key: spec[key] for key in ("memory", "backend", "threads", "draft") if spec.get(key) is not None}
     rows = []
@@ -42,18 +44,25 @@ def child(spec: dict[str, Any]) -> list[dict[str, Any]]:
             messages = [{"role": role, "content": prompt[role]} for role in ("system", "user")]
             ids = model.tokenizer.encode_prompt(model.template.render(messages))
             tps: dict[bool, list[float]] = {False: [], True: []}
+            whole_s: dict[bool, list[float]] = {False: [], True: []}
             for _ in range(spec["rounds"]):
                 plain, gaps, usage = _answer(model, ids, spec["tokens"], speculate=False, watched=spec["identity"])
                 tps[False].append(usage.decode_tps)
+                whole_s[False].append(usage.elapsed_s)
                 guessed, _, usage = _answer(model, ids, spec["tokens"])
                 tps[True].append(usage.decode_tps)
+                whole_s[True].append(usage.elapsed_s)
             flips = _flips(model, ids, plain, gaps) if spec["identity"] else []
+            if spec["identity"] and plain != guessed:
+                flips.append(round(gaps[n_common(plain, guessed)], 4))
             rows.append(
                 {
                     "id": prompt["id"],
                     "kind": prompt["kind"],
                     "plain_tps": common.middle(tps[False]),
                     "guessed_tps": common.middle(tps[True]),
+                    "plain_s": common.middle(whole_s[False]),
+                    "guessed_s": common.middle(whole_s[True]),
                     "per_pass": usage.tokens_per_pass,
                     "drafted": usage.drafted_tokens,
                     "accepted": usage.accepted_tokens,
@@ -132,7 +141,10 @@ def main() -> None:
         rows = common.answer_of_child(__file__, spec)
         if given.part == "drafted":  # without the draft, plain decoding has its memory
             alone = common.answer_of_child(__file__, spec | {"draft": None})
-            rows = [row | {"plain_tps": other["plain_tps"]} for row, other in zip(rows, alone, strict=True)]
+            rows = [
+                row | {key: other[key] for key in ("plain_tps", "plain_s")}
+                for row, other in zip(rows, alone, strict=True)
+            ]
         where = {"model": setting["model"].rpartition("/")[2], "backend": rows[0]["backend"]}
         where |= {"budget MB": common.mb(rows[0]["budget_bytes"]), "streamed MB": common.mb(rows[0]["streamed"])}
         if given.part == "identity":
@@ -165,6 +177,9 @@ def main() -> None:
                     "guessed tok/s": round(common.middle(row["guessed_tps"] for row in of_kind), 2),
                     "ratio": round(common.middle(ratios), 3),
                     "least ratio": round(ratios[0], 3),
+                    "ratio with the prompt": round(
+                        common.middle(row["plain_s"] / row["guessed_s"] for row in of_kind), 3
+                    ),
                     "tokens a pass": round(common.middle(row["per_pass"] for row in of_kind), 2),
                     "guesses right": round(
                         sum(row["accepted"] for row in of_kind) / max(sum(row["drafted"] for row in of_kind), 1), 3

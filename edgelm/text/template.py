@@ -160,18 +160,19 @@ class ChatTemplate:
 
     def _guard(self, texts: Sequence[str]) -> Guard:
         if self._all_specials is None:
-            self._all_specials = "\0" + "\0".join(filter(self._is_structure, self._tokenizer.special_tokens)) + "\0"
+            known = self._tokenizer.special_tokens.items()
+            self._all_specials = "\0" + "\0".join(text for text, token in known if self._shapes(text, token)) + "\0"
         return Guard(self._specials_in, self._all_specials, texts)
 
     def _specials_in(self, text: str) -> list[str]:
-        return [special for special in self._tokenizer.specials_in(text) if self._is_structure(special)]
+        found = self._tokenizer.specials_in(text)
+        return [special for special in found if self._shapes(special, self._tokenizer.find(special))]
 
-    def _is_structure(self, special: str) -> bool:
+    def _shapes(self, special: str, token: int | None) -> bool:
         """Say whether a special token shapes the conversation: control tokens do, and user-defined ones that look so.
 
         Other user-defined tokens, such as runs of spaces or HTML tags, are how the vocabulary spells plain text.
         """
-        token = self._tokenizer.find(special)
         if token is not None and self._tokenizer.is_special(token):
             return True
         if _STRUCTURAL.fullmatch(special):
