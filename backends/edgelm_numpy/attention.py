@@ -20,6 +20,8 @@ from edgelm_numpy.frame import Frame, Site, Step, at
 
 SCORES = 1 << 17
 """Scores that a lane keeps (512 KiB), if a single row of queries does not need more."""
+ROWS = 512
+"""Rows of queries that a lane takes at once where scores would let it take more."""
 PLACES = 512
 """Places of the cache that are float32 at a time."""
 
@@ -31,7 +33,7 @@ def lower_attend(site: Site) -> Step:
     n_kv, dim_k, dim_v, length = spec.n_kv_heads, spec.head_dim_k, spec.head_dim_v, cache.length
     (key_item, value_item), order = site.shape.cache.items, site.shape.cache.values
     sharing = spec.n_heads // n_kv
-    tile = max(1, min(n, SCORES // (sharing * length)))
+    tile = max(1, min(n, SCORES // (sharing * length), ROWS // sharing))
     n_tiles = -(-n // tile)
     places_at_once = min(PLACES, length)
 
@@ -72,8 +74,9 @@ def lower_attend(site: Site) -> Step:
 
         frame.lanes.each(n_kv * n_tiles, attend)
 
-    rows = tile * sharing
-    lane_floats = rows * (dim_k + length + 2 * dim_v) + places_at_once * max(dim_k, dim_v)
+    # a shorter view lets a lane take more rows: what is reserved for the longest must do for every one
+    scores, rows = max(sharing * length, min(n * sharing * length, SCORES)), max(sharing, min(n * sharing, ROWS))
+    lane_floats = scores + rows * (dim_k + 2 * dim_v) + places_at_once * max(dim_k, dim_v)
     heap_bytes = n * n_kv * (dim_k + dim_v) * 8 + site.n_lanes * rows * 8
     if any(map(is_quantized, (key_item, value_item))):  # what rounding and widening blocks take
         heap_bytes += (3 * n * n_kv + 2 * site.n_lanes * places_at_once) * max(dim_k, dim_v) * 4

@@ -117,6 +117,19 @@ def test_a_program_beyond_the_reserve_is_refused() -> None:
     session.close()
 
 
+@pytest.mark.parametrize("n_tokens", [1, 16, 200, 512])
+def test_what_the_longest_view_needs_does_for_every_shorter_one(n_tokens: int) -> None:
+    """A lane takes the more rows at once, the shorter the view is."""
+    session = BACKEND.open(1)
+    needed = []
+    for length in (256, 512, 1024, 2048, 4096, 8192):
+        recording = Recording(n_tokens, capacity=8192, length=length)
+        segment, shape = recording.segment([recording.block(width=64, hidden=64)])
+        needed.append(session.scratch_bytes(segment, shape))
+    session.close()
+    assert needed == sorted(needed)
+
+
 def test_an_unknown_operation_is_named() -> None:
     recording = Recording(1)
     segment, shape = recording.segment([recording.ops.scale(recording.value(8), 2.0)])
