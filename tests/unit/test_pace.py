@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgelm.engine.pace import LAST_TRIAL, Pace
+from edgelm.engine.pace import ALARMS, CROWDED, FIRST_REST, LAST_REST, LAST_TRIAL, Crowd, Pace
 
 
 def walk(pace: Pace, few_s: float, all_s: float, n_passes: int) -> list[int]:
@@ -52,3 +52,29 @@ def test_passes_of_guesses_go_the_way_that_passes_of_one_token_went() -> None:
 def test_beside_the_reads_of_another_model_nothing_is_tried() -> None:
     assert walk(Pace(2, True, tries=False), 3.0, 1.0, 400) == [1] * 400
     assert walk(Pace(2, False, tries=False), 3.0, 1.0, 4) == [2] * 4
+
+
+def test_one_thread_computes_alone_while_others_want_the_cores() -> None:
+    pace = Pace(2, False)
+    assert walk(pace, 1.0, 1.0, 8) == [2] * 8
+    assert walk(pace, 2.0, 3 * CROWDED, ALARMS) == [2] * ALARMS
+    assert walk(pace, 2.0, 1.0, FIRST_REST + 8) == [1] * FIRST_REST + [2] * 8
+
+
+def test_a_crowd_that_stays_is_looked_for_ever_more_seldom() -> None:
+    pace = Pace(2, False)
+    walk(pace, 1.0, 1.0, 4)
+    chosen = walk(pace, 2.0, 3 * CROWDED, 4000)
+    assert chosen.count(2) < 0.02 * len(chosen)
+    assert walk(pace, 2.0, 1.0, LAST_REST + 8)[-8:] == [2] * 8
+
+
+def test_passes_of_each_width_are_compared_with_their_like() -> None:
+    crowd = Crowd()
+    for _ in range(8):
+        for n_tokens, seconds in ((1, 1.0), (8, CROWDED), (64, 9.0), (512, 70.0)):
+            crowd.passed(n_tokens, seconds)
+    assert not crowd.there
+    for _ in range(ALARMS):
+        crowd.passed(64, 9.0 * 2 * CROWDED)
+    assert crowd.there
