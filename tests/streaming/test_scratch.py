@@ -26,6 +26,6 @@ def test_prompts_of_any_length(
     path = tiny_model(tmp_path / "tiny.gguf", architecture)
     with edgelm.load(path, memory="2GB", backend=backend, threads=threads, context=4096) as model:
         for n in LENGTHS:
-            ids = [5 + i % 80 for i in range(n)]
+            ids = [5 + (i + n) % 80 for i in range(n)]
             (last,) = [chunk.usage for chunk in model.stream_ids(ids, max_tokens=2) if chunk.finish_reason]
             assert last.prompt_tokens == n
