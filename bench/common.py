@@ -228,7 +228,9 @@ class Report:
     def add(self, table: str, **row: Any) -> None:
         """Add a row and say it on stderr, for whoever waits."""
         self.rows.setdefault(table, []).append(row)
-        print(f"{table}: {row}", file=sys.stderr)
+        print(
+            f"{table}: { {key: value for key, value in row.items() if not isinstance(value, list)} }", file=sys.stderr
+        )
 
     def markdown(self) -> str:
         said = ", ".join(f"{key} {value}" for key, value in self.conditions.items())
