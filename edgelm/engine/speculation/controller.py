@@ -13,7 +13,7 @@ from edgelm.engine.speculation.curve import Curve
 
 WORTH = 1.03
 """How much faster than no guessing it must promise to be."""
-START, EACH, MOST, LEAST = 1.0, 0.008, 2.0, -1.0
+START, EACH, MOST, LEAST = 0.6, 0.005, 1.0, -1.0
 """Plain passes that guessing may lose to begin with, for each token more, and at the most after having won; and how far
 it may be behind, so that it comes back where guesses are nearly sure."""
 
