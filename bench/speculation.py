@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--per-kind", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--name", help="of the result, if it is not that of the part")
     given = parser.parse_args()
     conditions = {
         "threads": given.threads,
@@ -134,7 +135,7 @@ def main() -> None:
         "prompts a kind": given.per_kind,
         "rounds": given.rounds,
     }
-    report = common.Report(f"speculation_{given.part}", conditions)
+    report = common.Report(f"speculation_{given.name or given.part}", conditions)
     for setting in settings(given.part, given.models):
         spec = setting | {"threads": given.threads, "kinds": given.kinds, "per_kind": given.per_kind}
         spec |= {"tokens": given.tokens, "rounds": given.rounds, "identity": given.part == "identity"}
