@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from edgelm.parity.verify import verify
     from edgelm.reports import BackendReport, Inspection, backends, doctor, inspect
     from edgelm.simulated import Device, devices
-    from edgelm.text.tools import ToolCall
+    from edgelm.text.tools import ToolCall, call_schema
     from edgelm.usage import Chunk, Sample, Score, Usage
 
 __version__ = "0.1.0"
@@ -85,6 +85,7 @@ __all__ = [
     "Usage",
     "Verification",
     "backends",
+    "call_schema",
     "candidates",
     "devices",
     "doctor",
@@ -115,6 +116,7 @@ _HOMES = {
     "Usage": "edgelm.usage",
     "Verification": "edgelm.parity.report",
     "backends": "edgelm.reports",
+    "call_schema": "edgelm.text.tools",
     "candidates": "edgelm.comparing",
     "devices": "edgelm.simulated",
     "doctor": "edgelm.reports",

@@ -65,7 +65,11 @@ class Chat:
 
     def stream(self, text: str, **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """Yield the answer to `text` piece by piece; see `Model.stream`."""
-        return self._answer(self._model.turns.ask(), [_said_by_user(text)], options)
+        return self.answer([_said_by_user(text)], **options)
+
+    def answer(self, messages: Sequence[Message], **options: Unpack[Options]) -> Generator[Chunk, None, None]:
+        """Yield the answer to messages that are new, of whatever roles; see `stream`."""
+        return self._answer(self._model.turns.ask(), list(messages), options)
 
     def tool_results(
         self, results: Sequence[tuple[ToolCall, str]], **options: Unpack[Options]
@@ -74,7 +78,7 @@ class Chat:
         asked: list[Message] = [{"role": "tool", "name": call.name, "content": result} for call, result in results]
         if not asked:
             raise ConfigError("there is no result of a tool to answer; give one for each call")
-        return self._answer(self._model.turns.ask(), asked, options)
+        return self.answer(asked, **options)
 
     def _answer(self, turn: Turn, asked: list[Message], options: Options) -> Generator[Chunk, None, None]:
         messages, ids = self._fitting(asked, options.get("max_tokens"))

@@ -16,6 +16,7 @@ from edgelm_apps.output import print_error
 COMMANDS = {
     "chat": "edgelm_apps.chat:chat",
     "run": "edgelm_apps.run:run",
+    "serve": "edgelm_apps.serve:serve",
     "plan": "edgelm_apps.plan:plan",
     "profile": "edgelm_apps.profile:profile",
     "bench": "edgelm_apps.bench:bench",

@@ -78,9 +78,9 @@ def checked_tools(tools: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], .
 
 
 def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the JSON schema of a call of one of these tools."""
+    """Return the JSON schema of a call of one of these tools, for `json_schema`: it forces one."""
     calls = []
-    for tool in tools:
+    for tool in checked_tools(tools):
         function = tool["function"]
         properties = {"name": {"const": function["name"]}, "arguments": function["parameters"]}
         calls.append(

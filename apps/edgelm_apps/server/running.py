@@ -1,0 +1,57 @@
+"""Start the server, load the first model, and stop in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from edgelm.errors import ConfigError
+from edgelm_apps.output import note
+from edgelm_apps.server.app import GRACE_S, Settings, create_app
+from edgelm_apps.server.pool import Pool
+
+
+def run(
+    models: Mapping[str, Path], engine: Mapping[str, Any], settings: Settings, host: str, port: int, quiet: bool
+) -> int:
+    """Serve until the process is told to stop; return its exit code. Raises what loading the first model raises."""
+    told = (lambda _: None) if quiet else note
+    listener = _listen(host, port)
+    pool = Pool(models, engine, told)
+    try:
+        first = next(iter(pool.served.values()))
+        asyncio.run(pool.get(first))
+        where = listener.getsockname()
+        address = f"[{where[0]}]" if ":" in where[0] else where[0]
+        told(f"http://{address}:{where[1]}/ for people, http://{address}:{where[1]}/v1 for programs; Ctrl-C stops it")
+        config = uvicorn.Config(
+            create_app(pool, settings), log_level="warning", access_log=False, lifespan="on",
+            timeout_graceful_shutdown=int(GRACE_S) + 5, server_header=False, http="h11", ws="none",
+        )  # fmt: skip
+        server = uvicorn.Server(config)
+        server.run(sockets=[listener])
+    finally:
+        pool.close()
+        listener.close()
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises `ConfigError` if the address is taken or none of this machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    if sys.platform != "win32":
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
+    return listener
