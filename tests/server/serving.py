@@ -14,7 +14,7 @@ import uvicorn
 from edgelm_apps.server.app import Settings, create_app
 from edgelm_apps.server.pool import Pool
 
-ENGINE = {"memory": "2GB", "backend": "numpy", "threads": 1, "context": 256}
+ENGINE = {"memory": "2GB", "backend": "numpy", "threads": 1, "context": 512}
 PATIENCE_S = 20.0
 
 
