@@ -151,6 +151,7 @@ async function write() {
     }
     if (message.content) messages.push(message);
     else article.remove();
+    chat.scrollTop = chat.scrollHeight;
     question.focus();
   }
 }

@@ -53,18 +53,40 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
 
-    def open(self, path: Path, width: int, height: int, *, dark: bool = False, until: str = "true") -> None:
-        """Open a file at this size and wait until the expression `until` is true."""
+    def open(self, page: Path | str, width: int, height: int, *, dark: bool = False, until: str = "true") -> None:
+        """Open a file or an address at this size and wait until the expression `until` is true."""
         self._call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[scheme])
-        self._call("Page.navigate", url=path.resolve().as_uri())
+        self._call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
+        self.wait(f"document.readyState === 'complete' && Boolean({until})")
+
+    def wait(self, until: str) -> None:
+        """Wait until an expression is true."""
         deadline = time.monotonic() + PATIENCE_S
-        while not self.value(f"document.readyState === 'complete' && Boolean({until})"):
+        while not self.value(until):
             assert time.monotonic() < deadline, f"{until} never came true; the console says {self.problems}"
             time.sleep(0.05)
+
+    def press(self, key: str, text: str = "") -> None:
+        """Press a key, as a person does."""
+        for kind in ("keyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, text=text if kind == "keyDown" else "")
+
+    def type(self, text: str) -> None:
+        """Type a text where the focus is."""
+        self._call("Input.insertText", text=text)
+
+    def tree(self) -> list[dict[str, Any]]:
+        """Return what a screen reader is told: role and name of every element."""
+        nodes = self._call("Accessibility.getFullAXTree")["nodes"]
+        return [
+            {"role": node["role"]["value"], "name": node.get("name", {}).get("value", "")}
+            for node in nodes
+            if not node.get("ignored") and "role" in node
+        ]
 
     def value(self, expression: str) -> Any:
         """Return the value of a JavaScript expression on the page."""

@@ -1,0 +1,164 @@
+"""The page in a real browser: streams, stops, edits and tries again; on a phone, by keyboard, for a screen reader."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Browser, browser, installed
+from serving import Running, running
+
+from edgelm.engine.forward import Engine
+from edgelm_apps.server.app import Settings
+
+pytestmark = pytest.mark.skipif(installed() is None, reason="no Chromium here")
+PICTURES = os.environ.get("EDGELM_PICTURES")
+ANSWERED = "document.querySelectorAll('article.assistant:not([aria-busy])').length === {}"
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Browser]:
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def served(models: dict[str, Path]) -> Iterator[Running]:
+    with running(models, Settings(max_tokens=12)) as server:
+        yield server
+
+
+def opened(page: Browser, server: Running, width: int = 1000, height: int = 800, dark: bool = False) -> None:
+    page.problems.clear()
+    page.requests.clear()
+    page.open(f"{server.url}/", width, height, dark=dark, until="document.querySelector('#model').options.length")
+
+
+def ask(page: Browser, text: str) -> None:
+    page.value("document.getElementById('question').focus()")
+    page.type(text)
+    page.press("Enter", "\r")
+
+
+def texts(page: Browser, kind: str) -> list[str]:
+    found = page.value(f"[...document.querySelectorAll('article.{kind} > div')].map(one => one.textContent)")
+    assert isinstance(found, list)
+    return found
+
+
+def picture(page: Browser, name: str) -> None:
+    """Keep a picture where `EDGELM_PICTURES` says, for people to look at."""
+    if PICTURES:
+        page.picture(Path(PICTURES, f"{name}.png"))
+
+
+def test_a_question_is_answered_and_asked_again(page: Browser, served: Running) -> None:
+    opened(page, served)
+    ask(page, "the cat")
+    page.wait(ANSWERED.format(1))
+    (first,) = texts(page, "assistant")
+    assert first
+    assert page.value("document.querySelectorAll('#tokens rect').length") >= 12 * 4
+    assert "MB of 2000 MB" in page.value("document.getElementById('memory-text').textContent")
+    assert "tok/s" in page.value("document.getElementById('speed-text').textContent")
+    assert page.value("document.activeElement.id") == "question"
+    ask(page, "and the dog")
+    page.wait(ANSWERED.format(2))
+    picture(page, "page")
+    page.value(
+        "[...document.querySelectorAll('article.assistant button')].find(b => b.textContent === 'Retry').click()"
+    )
+    page.wait(ANSWERED.format(1))
+    assert texts(page, "assistant") == [first]
+    page.value("document.querySelector('article.user button').click()")
+    assert texts(page, "user") == []
+    assert page.value("document.getElementById('question').value") == "the cat"
+    assert page.problems == []
+    assert all(url.startswith((served.url, "data:")) for url in page.requests)
+
+
+def test_escape_stops_an_answer(page: Browser, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = Engine._pass
+
+    def slowly(self: Engine, *given: Any, **named: Any) -> None:
+        time.sleep(0.05)
+        compute(self, *given, **named)
+
+    monkeypatch.setattr(Engine, "_pass", slowly)
+    with running(models) as server:
+        opened(page, server)
+        ask(page, "the cat")
+        page.wait("document.querySelector('article.assistant > div')?.textContent.length > 1")
+        picture(page, "writing")
+        assert page.value("!document.getElementById('stop').hidden && document.getElementById('send').hidden")
+        page.press("Escape")
+        page.wait("document.getElementById('told').textContent === 'Stopped.'")
+        assert page.value("document.getElementById('stop').hidden")
+        assert len(texts(page, "assistant")) == 1
+
+
+def test_model_and_budget_are_chosen(page: Browser, served: Running) -> None:
+    opened(page, served)
+    page.value("document.getElementById('model').value = 'second'")
+    ask(page, "the cat")
+    page.wait(ANSWERED.format(1))
+    assert served.pool.name == "second"
+    for memory, said in (("1GB", "The budget is 1000 MB now."), ("1MB", "too small")):
+        page.value(f"document.getElementById('budget').value = '{memory}'")
+        page.value("document.getElementById('budget-form').requestSubmit()")
+        page.wait(f"document.getElementById('told').textContent.includes('{said}')")
+    page.value("document.getElementById('budget').value = '2GB'")
+    page.value("document.getElementById('budget-form').requestSubmit()")
+    page.wait("document.getElementById('told').textContent.includes('2000 MB')")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_on_a_phone_nothing_is_cut_off(page: Browser, served: Running, dark: bool) -> None:
+    opened(page, served, 360, 640, dark)
+    ask(page, "the cat " * 20)
+    page.wait(ANSWERED.format(1))
+    picture(page, f"phone-{'dark' if dark else 'light'}")
+    assert page.value("document.documentElement.scrollWidth") <= 360
+    for name in ("question", "send", "model", "budget"):
+        box = page.value(
+            f"(box => [box.left, box.right, box.bottom])(document.getElementById('{name}').getBoundingClientRect())"
+        )
+        assert box[0] >= 0
+        assert box[1] <= 360
+        assert box[2] <= 640
+
+
+def test_a_screen_reader_hears_names_and_roles(page: Browser, served: Running) -> None:
+    opened(page, served)
+    tree = page.tree()
+    for role, name in (
+        ("textbox", "Question"), ("button", "Send"), ("combobox", "Model"), ("textbox", "Budget"),
+        ("log", "Conversation"), ("meter", "Memory of the process"), ("status", ""), ("heading", "edgelm"),
+    ):  # fmt: skip
+        assert any(one["role"] == role and one["name"].startswith(name) for one in tree), (role, name)
+    assert not [one for one in tree if one["role"] in ("button", "textbox", "combobox") and not one["name"]]
+
+
+def test_an_answer_cannot_become_markup(page: Browser, served: Running) -> None:
+    opened(page, served)
+    evil = "**bold** `code` <img src=x onerror=alert(1)>\\n\\n- one\\n- two\\n\\n```js\\n<b>x</b>\\n```"
+    page.value(
+        "import('/page/text.js').then(({ show }) => { const box = document.createElement('div'); box.id = 'shown';"
+        f" document.body.append(box); show(box, `{evil.replace('`', chr(92) + '`')}`); }})"
+    )
+    page.wait("document.querySelector('#shown pre') !== null")
+    assert page.value("document.querySelector('#shown img')") is None
+    assert page.value("document.querySelectorAll('#shown li').length") == 2
+    assert page.value("document.querySelector('#shown strong').textContent") == "bold"
+    assert page.value("document.querySelector('#shown pre').textContent") == "<b>x</b>"
+
+
+def test_it_is_there_within_a_second(page: Browser, served: Running) -> None:
+    opened(page, served)
+    painted_ms = page.value("performance.getEntriesByName('first-contentful-paint')[0]?.startTime")
+    assert painted_ms is not None
+    assert painted_ms < 1000
