@@ -87,7 +87,7 @@ def serve(
         from edgelm_apps.server.running import run
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed; run: pip install 'edgelm[serve]'") from error
-    from edgelm_apps.server.app import Settings
+    from edgelm_apps.server.routes import Settings
 
     settings = Settings(
         key=api_key.strip() if api_key else None,

@@ -11,8 +11,9 @@ from typing import Any
 
 import uvicorn
 
-from edgelm_apps.server.app import Settings, create_app
+from edgelm_apps.server.app import create_app
 from edgelm_apps.server.pool import Pool
+from edgelm_apps.server.routes import Settings
 
 ENGINE = {"memory": "2GB", "backend": "numpy", "threads": 1, "context": 512}
 PATIENCE_S = 20.0
@@ -32,6 +33,7 @@ def running(models: dict[str, Path], settings: Settings | None = None, **engine:
     app = create_app(pool, settings or Settings())
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
+    listener.listen()  # so that whoever is early waits
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

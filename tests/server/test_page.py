@@ -13,7 +13,7 @@ from browser import Browser, browser, installed
 from serving import Running, running
 
 from edgelm.engine.forward import Engine
-from edgelm_apps.server.app import Settings
+from edgelm_apps.server.routes import Settings
 
 pytestmark = pytest.mark.skipif(installed() is None, reason="no Chromium here")
 PICTURES = os.environ.get("EDGELM_PICTURES")

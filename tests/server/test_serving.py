@@ -14,7 +14,7 @@ import pytest
 from serving import PATIENCE_S, Running, running
 
 from edgelm.engine.forward import Engine
-from edgelm_apps.server.app import Settings
+from edgelm_apps.server.routes import Settings
 
 CAT = [{"role": "user", "content": "the cat and the dog"}]
 ASK: dict[str, Any] = {"model": "first", "messages": CAT}

@@ -31,9 +31,9 @@ OBJECT = {"type": "object"}
 
 
 class Piece(NamedTuple):
-    """A chunk of answer number `index`."""
+    """A chunk of answer number `number`."""
 
-    index: int
+    number: int
     chunk: Chunk
 
 

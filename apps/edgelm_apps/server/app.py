@@ -1,358 +1,27 @@
-"""The HTTP side: routes, bodies in and out, streams of events. What is computed, and when, is decided elsewhere."""
+"""The ASGI application: which path leads where, and who stands before it."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import struct
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
-import msgspec
-from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request as HttpRequest
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from edgelm.errors import BudgetTooSmall, UnsupportedModel
-from edgelm.sizes import parse_size
-from edgelm_apps.server import answers, jobs, replies, responses
-from edgelm_apps.server.answers import Piece
-from edgelm_apps.server.bodies import as_json as _json
-from edgelm_apps.server.bodies import decoded, log_defect, refusal
-from edgelm_apps.server.errors import NoSuchRoute, Refused, Stopping, body_of
+from edgelm_apps.server import jobs
+from edgelm_apps.server.bodies import refusal
+from edgelm_apps.server.errors import Left, NoSuchRoute
 from edgelm_apps.server.guard import Guard
-from edgelm_apps.server.metrics import Metrics
-from edgelm_apps.server.openapi import document
-from edgelm_apps.server.pool import Pool, Served
-from edgelm_apps.server.queue import Full, Place, Queue
-from edgelm_apps.server.wire import (
-    BudgetRequest,
-    ChatRequest,
-    CompletionRequest,
-    EmbeddingRequest,
-    Request,
-    ResponseRequest,
-    StreamOptions,
-)
-
-if TYPE_CHECKING:
-    from edgelm import Model, Usage
-
-PAGE = Path(__file__).parent / "page"
-SOON_S = 0.5
-"""How long a stream waits for its first piece before it begins."""
-GRACE_S = 10.0
-"""How long answers may go on once the server was asked to stop."""
-Body = TypeVar("Body")
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How a server behaves; see `edgelm serve --help`."""
-
-    key: str | None = None
-    origins: tuple[str, ...] = ()
-    hosts: tuple[str, ...] = ("*",)
-    queue: int = 16
-    keep_alive_s: float = 5.0
-    most_bytes: int = 4_000_000
-    sampling: dict[str, Any] = field(default_factory=dict)
-    max_tokens: int | None = None
-
-
-class Server:
-    """What the routes share."""
-
-    def __init__(self, pool: Pool, settings: Settings) -> None:
-        self.pool, self.settings = pool, settings
-        self.queue = Queue(settings.queue)
-        self.metrics = Metrics(pool, self.queue)
-        self.stopping = False
-        self.usage: Usage | None = None
-
-    # --- what requests mean
-
-    async def chat(self, http: HttpRequest) -> Response:
-        request = await self._read(http, ChatRequest)
-        served = self.pool.find(request.model)
-        asked = answers.of_chat(request, self._defaults(request.max_completion_tokens or request.max_tokens))
-        if request.stream:
-            shape = replies.ChatStream(served.name, asked.several_calls)
-            told = partial(self._pieces_told, options=request.stream_options or StreamOptions(), shape=shape)
-            return await self._events(http, request, served, asked.answers, told)
-        collected = await self._collected(http, request, served, asked.answers)
-        return _json(replies.chat_completion(served.name, collected, asked.several_calls))
-
-    async def responses(self, http: HttpRequest) -> Response:
-        request = await self._read(http, ResponseRequest)
-        served = self.pool.find(request.model)
-        asked = responses.asked_of(request, self._defaults(request.max_output_tokens))
-        response = responses.Response(served.name, request)
-        if request.stream:
-            told = partial(self._response_told, response=response)
-            return await self._events(http, request, served, asked.answers, told)
-        return _json(response.whole(await self._collected(http, request, served, asked.answers)))
-
-    async def completion(self, http: HttpRequest) -> Response:
-        request = await self._read(http, CompletionRequest)
-        served = self.pool.find(request.model)
-        asked = answers.of_completion(request, self._defaults(request.max_tokens))
-        if request.stream:
-            if request.echo:
-                raise Refused("echo is for answers that are not streamed", "echo")
-            shape = replies.TextStream(served.name)
-            told = partial(self._pieces_told, options=request.stream_options or StreamOptions(), shape=shape)
-            return await self._events(http, request, served, asked.answers, told)
-        collected = await self._collected(http, request, served, asked.answers)
-        before = request.prompt if request.echo and isinstance(request.prompt, str) else ""
-        return _json(replies.text_completion(served.name, collected, before))
-
-    async def embeddings(self, http: HttpRequest) -> Response:
-        request = await self._read(http, EmbeddingRequest)
-        served = self.pool.find(request.model)
-        texts = [request.input] if isinstance(request.input, str) else request.input
-
-        def vectors(model: Model) -> Generator[tuple[list[float], int], None, None]:
-            if not model.embeds:
-                raise UnsupportedModel(f"{served.name} writes texts; serve a model that embeds them, too")
-            for text in texts:
-                yield model.embed([text])[0].tolist(), len(model.tokenizer.encode(text))
-
-        pieces = jobs.stream(self._enter(http, request), self.pool, served, vectors)
-        found = [one async for one in _watched(http, pieces)]
-        encode = _base64 if request.encoding_format == "base64" else list
-        data = [{"object": "embedding", "index": i, "embedding": encode(one)} for i, (one, _) in enumerate(found)]
-        n_tokens = sum(n for _, n in found)
-        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-        return _json({"object": "list", "data": data, "model": served.name, "usage": usage})
-
-    async def models(self, http: HttpRequest) -> Response:
-        return _json({"object": "list", "data": [self._model(one) for one in self.pool.served.values()]})
-
-    async def model(self, http: HttpRequest) -> Response:
-        return _json(self._model(self.pool.find(http.path_params["name"])))
-
-    async def health(self, http: HttpRequest) -> Response:
-        told = {"status": "stopping" if self.stopping else "ok", "model": self.pool.name}
-        told |= {"busy": self.queue.busy, "waiting": len(self.queue)}
-        return _json(told, 503 if self.stopping else 200)
-
-    async def status(self, http: HttpRequest) -> Response:
-        """What the page shows: the budget, where it goes, and what the newest answer took."""
-        model = self.pool.loaded
-        told: dict[str, Any] = {
-            "models": list(self.pool.served),
-            "model": self.pool.name,
-            "waiting": len(self.queue),
-            "busy": self.queue.busy,
-            "usage": replies.stats_of(self.usage) if self.usage else None,
-        }
-        if model is not None:
-            plan = model.plan
-            told |= {
-                "backend": model.backend,
-                "budget_bytes": plan.budget_bytes,
-                "context": plan.context,
-                "streamed_bytes": plan.streamed_bytes,
-                "predicted_decode_tps": plan.predicted_decode_tps,
-                "simulated": plan.simulated,
-                "notes": list(model.notes),
-            }
-        return _json(told)
-
-    async def budget(self, http: HttpRequest) -> Response:
-        request = await self._read(http, BudgetRequest)
-        try:
-            await self.pool.set_budget(parse_size(request.memory))
-        except BudgetTooSmall as error:  # of what the client asks for, not of the server
-            raise Refused(str(error), "memory") from error
-        return await self.status(http)
-
-    async def metrics_text(self, http: HttpRequest) -> Response:
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
-
-    async def openapi(self, http: HttpRequest) -> Response:
-        return _json(document())
-
-    async def page(self, http: HttpRequest) -> Response:
-        return Response((PAGE / "index.html").read_bytes(), media_type="text/html")
-
-    # --- how they are answered
-
-    def _defaults(self, asked: int | None) -> dict[str, Any]:
-        most = self.settings.max_tokens
-        limit = {"max_tokens": min(asked or most, most)} if most is not None else {}
-        return {**self.settings.sampling, **limit}
-
-    def _model(self, served: Served) -> dict[str, Any]:
-        return {"id": served.name, "object": "model", "created": served.since, "owned_by": "edgelm"}
-
-    async def _read(self, http: HttpRequest, kind: type[Body]) -> Body:
-        return decoded(http.headers.get("content-type"), await http.body(), kind)
-
-    def _enter(self, http: HttpRequest, request: Request) -> Place:
-        if self.stopping:
-            raise Stopping("the server is about to stop; try again later")
-        address = http.client.host if http.client else ""
-        try:
-            return self.queue.enter(request.user or address)
-        except Full:
-            self.metrics.refused.inc()
-            raise
-
-    async def _collected(
-        self,
-        http: HttpRequest,
-        request: Request,
-        served: Served,
-        make: Callable[[Model], Generator[Piece, None, None]],
-    ) -> replies.Collected:
-        collected = replies.Collected()
-        pieces = jobs.stream(self._enter(http, request), self.pool, served, make)
-        async for piece in _watched(http, pieces):
-            collected.add(piece, self._logprobs(piece))
-            self._noted(piece)
-        return collected
-
-    async def _events(
-        self,
-        http: HttpRequest,
-        request: Request,
-        served: Served,
-        make: Callable[[Model], Generator[Piece, None, None]],
-        told: Callable[[AsyncGenerator[Piece, None]], AsyncIterator[dict[str, Any]]],
-    ) -> Response:
-        """Answer with the events that `told` makes of the pieces."""
-        pieces = jobs.stream(self._enter(http, request), self.pool, served, make)
-        # what is wrong is known soon, as a rule: then there is a status to tell it with
-        first = asyncio.ensure_future(anext(pieces))
-        await asyncio.wait({first}, timeout=min(SOON_S, self.settings.keep_alive_s / 2))
-        if first.done() and (error := first.exception()) is not None:
-            raise error
-
-        async def events() -> AsyncIterator[ServerSentEvent]:
-            ended = False
-            try:
-                async with aclosing(_joined(first, pieces)) as found:
-                    async for event in told(found):
-                        yield _event(event)
-                ended = True
-                if not isinstance(request, ResponseRequest):
-                    yield ServerSentEvent("[DONE]", sep="\n")
-            except Exception as error:
-                ended = True
-                log_defect(error)
-                yield _event(body_of(error))
-            finally:
-                if not ended:
-                    self.metrics.cancelled.inc()
-
-        return EventSourceResponse(
-            events(), ping=self.settings.keep_alive_s, sep="\n", shutdown_grace_period=GRACE_S,
-            ping_message_factory=lambda: ServerSentEvent(comment="still at it", sep="\n"),
-        )  # fmt: skip
-
-    async def _pieces_told(
-        self,
-        pieces: AsyncGenerator[Piece, None],
-        options: StreamOptions,
-        shape: replies.ChatStream | replies.TextStream,
-    ) -> AsyncIterator[dict[str, Any]]:
-        last: dict[int, Usage] = {}
-        async for piece in pieces:
-            told = shape.piece(piece, self._logprobs(piece))
-            if options.include_usage:
-                told["usage"] = None
-            if options.include_stats:
-                told["edgelm"] = replies.stats_of(piece.chunk.usage)
-            last[piece.index] = piece.chunk.usage
-            self._noted(piece)
-            yield told
-        if options.include_usage:
-            yield shape.end(list(last.values()))
-
-    async def _response_told(
-        self, pieces: AsyncGenerator[Piece, None], response: responses.Response
-    ) -> AsyncIterator[dict[str, Any]]:
-        for event in response.begun():
-            yield event
-        collected = replies.Collected()
-        async for piece in pieces:
-            collected.add(piece, None)
-            self._noted(piece)
-            if piece.chunk.text:
-                yield response.piece(piece.chunk.text)
-        for event in response.ended(collected):
-            yield event
-
-    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        model = self.pool.loaded
-        return replies.logprobs_of(model, piece.chunk) if model is not None else None
-
-    def _noted(self, piece: Piece) -> None:
-        self.usage = piece.chunk.usage
-        if piece.chunk.finish_reason is not None:
-            self.metrics.answered(piece.chunk.usage)
-
-
-def _event(value: dict[str, Any]) -> ServerSentEvent:
-    return ServerSentEvent(msgspec.json.encode(value).decode(), event=value.get("type"), sep="\n")
-
-
-async def _joined(first: asyncio.Future[Item], rest: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
-    try:
-        yield await first
-        async for item in rest:
-            yield item
-    finally:
-        first.cancel()
-        await rest.aclose()
-
-
-class _Left(Exception):
-    """Whoever asked has gone: there is nobody to answer."""
-
-
-async def _watched(http: HttpRequest, items: AsyncGenerator[Item, None]) -> AsyncIterator[Item]:
-    """Yield the items; stop them, and raise `_Left`, when the client goes away."""
-    me = asyncio.current_task()
-    gone = False
-
-    async def watch() -> None:
-        nonlocal gone
-        while not await http.is_disconnected():
-            await asyncio.sleep(0.2)
-        gone = True
-        if me is not None:
-            me.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        async with aclosing(items):
-            async for item in items:
-                yield item
-    except asyncio.CancelledError:
-        if gone:
-            raise _Left from None
-        raise
-    finally:
-        watcher.cancel()
-
-
-def _base64(vector: list[float]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+from edgelm_apps.server.pool import Pool
+from edgelm_apps.server.routes import PAGE, Server, Settings
 
 
 def create_app(pool: Pool, settings: Settings) -> Starlette:
@@ -366,11 +35,11 @@ def create_app(pool: Pool, settings: Settings) -> Starlette:
         await jobs.finish()
         await asyncio.to_thread(pool.close)
 
-    def route(path: str, handler: Callable[[HttpRequest], Awaitable[Response]], method: str = "GET") -> Route:
-        async def counted(http: HttpRequest) -> Response:
+    def route(path: str, handler: Callable[[Request], Awaitable[Response]], method: str = "GET") -> Route:
+        async def counted(http: Request) -> Response:
             try:
                 response = await handler(http)
-            except _Left:
+            except Left:
                 server.metrics.cancelled.inc()
                 response = Response(status_code=499)
             except Exception as error:
@@ -383,7 +52,7 @@ def create_app(pool: Pool, settings: Settings) -> Starlette:
     routes = [
         route("/v1/chat/completions", server.chat, "POST"),
         route("/v1/completions", server.completion, "POST"),
-        route("/v1/responses", server.responses, "POST"),
+        route("/v1/responses", server.respond, "POST"),
         route("/v1/embeddings", server.embeddings, "POST"),
         route("/v1/models", server.models),
         route("/v1/models/{name:path}", server.model),
@@ -409,6 +78,6 @@ def create_app(pool: Pool, settings: Settings) -> Starlette:
     )
 
 
-async def _no_route(http: HttpRequest, error: Exception) -> Response:
+async def _no_route(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return refusal(NoSuchRoute(http.method, http.url.path, error.status_code), dict(error.headers or {}))

@@ -48,6 +48,10 @@ class TooLarge(Refused):
     status, code = 413, "request_too_large"
 
 
+class Left(Exception):
+    """Whoever asked has gone: there is nobody to answer."""
+
+
 class UnknownType(Refused):
     status, code = 415, "unsupported_media_type"
 

@@ -18,7 +18,7 @@ class Metrics:
     """The counters of one server."""
 
     def __init__(self, pool: Pool, queue: Queue) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "edgelm_requests", "Requests, by route and status.", ("route", "status"), registry=registry

@@ -44,7 +44,7 @@ _POSTS: dict[str, tuple[str, type, str]] = {
     "/v1/embeddings": ("Turn texts into vectors.", EmbeddingRequest, "list"),
     "/v1/budget": ("Go over to another memory budget.", BudgetRequest, ""),
 }
-_GETS = {
+_GETS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "/v1/models": ("The models that are served.", "application/json", {}),
     "/v1/models/{name}": ("One of them.", "application/json", {}),
     "/v1/status": ("The budget, where it goes, and what the newest answer took.", "application/json", {}),
@@ -65,7 +65,7 @@ def document() -> dict[str, Any]:
         object_ = {"properties": {"object": {"const": name}}, "required": ["object"]} if name else {}
         content = {"application/json": {"schema": {"type": "object"} | object_}}
         if path in _EVENTS:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = {}
         paths[path] = {
             "post": {
                 "summary": about,

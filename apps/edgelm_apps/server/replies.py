@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import secrets
+import struct
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -91,10 +93,10 @@ class Collected:
         self.last: dict[int, Chunk] = {}
 
     def add(self, piece: Piece, logprobs: Json | None) -> None:
-        self.texts.setdefault(piece.index, []).append(piece.chunk.text)
+        self.texts.setdefault(piece.number, []).append(piece.chunk.text)
         if logprobs is not None:
-            self.logprobs.setdefault(piece.index, []).append(logprobs)
-        self.last[piece.index] = piece.chunk
+            self.logprobs.setdefault(piece.number, []).append(logprobs)
+        self.last[piece.number] = piece.chunk
 
     def text(self, index: int) -> str:
         return "".join(self.texts[index])
@@ -186,16 +188,17 @@ class ChatStream:
         self._begun: set[int] = set()
 
     def piece(self, piece: Piece, logprobs: Json | None) -> Json:
-        chunk, delta = piece.chunk, {}
-        if piece.index not in self._begun:
-            self._begun.add(piece.index)
+        chunk = piece.chunk
+        delta: Json = {}
+        if piece.number not in self._begun:
+            self._begun.add(piece.number)
             delta = {"role": "assistant", "content": ""}
         if chunk.text:
             delta["content"] = chunk.text
         if calls := calls_of(chunk, self._several):
             delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
         choice = {
-            "index": piece.index,
+            "index": piece.number,
             "delta": delta,
             "logprobs": {"content": [logprobs], "refusal": None} if logprobs is not None else None,
             "finish_reason": finish_of(chunk),
@@ -221,7 +224,7 @@ class TextStream:
 
     def piece(self, piece: Piece, logprobs: Json | None) -> Json:
         choice = {
-            "index": piece.index,
+            "index": piece.number,
             "text": piece.chunk.text,
             "logprobs": _legacy([logprobs]) if logprobs is not None else None,
             "finish_reason": finish_of(piece.chunk),
@@ -230,3 +233,7 @@ class TextStream:
 
     def end(self, usages: Sequence[Usage]) -> Json:
         return self._head | {"choices": [], "usage": usage_of(usages)}
+
+
+def as_base64(vector: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -13,8 +13,10 @@ import uvicorn
 
 from edgelm.errors import ConfigError
 from edgelm_apps.output import note
-from edgelm_apps.server.app import GRACE_S, Settings, create_app
+from edgelm_apps.server.app import create_app
 from edgelm_apps.server.pool import Pool
+from edgelm_apps.server.routes import Settings
+from edgelm_apps.server.streams import GRACE_S
 
 
 def run(

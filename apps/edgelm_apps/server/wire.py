@@ -56,7 +56,7 @@ class Sampled(Request, kw_only=True):
 
     top_k: Annotated[int, Meta(ge=0, le=1 << 20)] | None = None
     min_p: Share | None = None
-    repeat_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    repeat_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
     speculate: bool | None = None
 
     def __post_init__(self) -> None:
