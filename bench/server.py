@@ -2,9 +2,9 @@
 
     python bench/server.py [--minutes 10] [--clients 8] [--memory 150MB]
 
-One client alone comes first, with the same conversations, for as long as a tenth of the time. Clients hold chats of three
-turns; a 429 is waited out as it says. Then answers are left in the middle, one after the other, and the time until the
-engine is free is compared with a pass.
+One client alone comes first, with the same conversations, for a tenth of the time. Clients hold chats of three turns; a
+429 is waited out as it says. Then answers are left in the middle, one after the other, and the time until the engine is
+free is compared with a pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import common
 import httpx

@@ -37,6 +37,10 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
     help="A stream that has nothing to say shows so often that it lives.",
 )  # fmt: skip
 @click.option("--max-request", metavar="SIZE", default="4MB", show_default=True, help="Largest body of a request.")
+@click.option(
+    "--kept-chats", metavar="SIZE", default="200MB", show_default=True,
+    help="Flash for what was computed of other conversations, so that they go on from there; 0 keeps none.",
+)  # fmt: skip
 @quiet_option
 @offline_option
 @engine_options
@@ -52,6 +56,7 @@ def serve(
     queue: int,
     keep_alive: float,
     max_request: str,
+    kept_chats: str,
     quiet: bool,
     offline: bool,
     adaptive: bool,
@@ -101,4 +106,5 @@ def serve(
     )
     if adaptive:
         engine["adaptive"] = True
-    return run(paths, engine, settings, host, port, quiet)
+    shelf_bytes = parse_size(kept_chats) if kept_chats != "0" else 0
+    return run(paths, engine, settings, host, port, quiet, shelf_bytes)

@@ -27,9 +27,11 @@ class Running:
 
 
 @contextmanager
-def running(models: dict[str, Path], settings: Settings | None = None, **engine: Any) -> Iterator[Running]:
+def running(
+    models: dict[str, Path], settings: Settings | None = None, shelf_bytes: int = 0, **engine: Any
+) -> Iterator[Running]:
     """Serve models while inside."""
-    pool = Pool(models, {**ENGINE, **engine})
+    pool = Pool(models, {**ENGINE, **engine}, shelf_bytes=shelf_bytes)
     app = create_app(pool, settings or Settings())
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

@@ -225,3 +225,27 @@ def test_stopping_ends_streams_in_good_order(models: dict[str, Path], slow: list
     reader.join(PATIENCE_S)
     assert seen[-1] == "data: [DONE]"
     assert server.pool.loaded is None
+
+
+def test_whoever_comes_back_goes_on_from_there(models: dict[str, Path]) -> None:
+    def ask(asking: httpx.Client, text: str) -> tuple[str, int]:
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 8}
+        told = asking.post("/v1/chat/completions", json=body).json()
+        cached = told["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return told["choices"][0]["message"]["content"], cached
+
+    one, other = "the cat " * 40, "and the dog " * 40
+    with running(models, shelf_bytes=10_000_000) as server, client(server) as asking:
+        first, cached = ask(asking, one)
+        assert cached == 0
+        ask(asking, other)
+        again, cached = ask(asking, one)
+        assert again == first
+        assert cached > 120
+        assert ask(asking, other)[1] > 120
+    with running(models, shelf_bytes=1) as server, client(server) as asking:  # room for none
+        ask(asking, one)
+        ask(asking, other)
+        again, cached = ask(asking, one)
+        assert again == first
+        assert cached < 20

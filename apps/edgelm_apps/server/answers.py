@@ -89,6 +89,11 @@ class ChatAsked(NamedTuple):
     n: int
     several_calls: bool
 
+    def prompt(self, model: Model) -> list[int]:
+        """Return the ids of the prompt."""
+        tools = [{"type": "function", "function": tool} for tool in self.tools] or None
+        return model.tokenizer.encode_prompt(model.template.render(self.messages, tools=tools))
+
     def answers(self, model: Model) -> Generator[Piece, None, None]:
         """Yield the pieces of all answers, one answer after the other: the prompt is computed once."""
         for index, options in _seeds(self.options, self.n):
@@ -100,14 +105,18 @@ class ChatAsked(NamedTuple):
 
 
 class CompletionAsked(NamedTuple):
-    prompt: str | list[int]
+    given: str | list[int]
     options: dict[str, Any]
     n: int
+
+    def prompt(self, model: Model) -> list[int]:
+        """Return the ids of the prompt."""
+        return model.tokenizer.encode(self.given) if isinstance(self.given, str) else self.given
 
     def answers(self, model: Model) -> Generator[Piece, None, None]:
         """As those of `ChatAsked`, without a template."""
         for index, options in _seeds(self.options, self.n):
-            given = self.prompt
+            given = self.given
             stream = model.stream(given, **options) if isinstance(given, str) else model.stream_ids(given, **options)
             for chunk in stream:
                 yield Piece(index, chunk)

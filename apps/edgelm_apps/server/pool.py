@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelm_apps.server.errors import NoSuchModel
+from edgelm_apps.server.shelf import Shelf
 
 if TYPE_CHECKING:
     from edgelm import Model
@@ -31,12 +32,17 @@ class Pool:
     """Loads the model that is asked for, and closes the one that was there before."""
 
     def __init__(
-        self, models: Mapping[str, Path], options: Mapping[str, Any], told: Callable[[str], None] = lambda _: None
+        self,
+        models: Mapping[str, Path],
+        options: Mapping[str, Any],
+        told: Callable[[str], None] = lambda _: None,
+        shelf_bytes: int = 0,
     ) -> None:
         """`options`: of `edgelm.load`, for all models. `told` hears of what is loaded, and how."""
         self.served = {name: Served(name, path) for name, path in models.items()}
-        self._options, self._told = dict(options), told
+        self._options, self._told, self._shelf_bytes = dict(options), told, shelf_bytes
         self.loaded: Model | None = None
+        self.shelf: Shelf | None = None
         self.name: str | None = None
         self.swaps = 0
 
@@ -64,7 +70,7 @@ class Pool:
 
         self.close()
         model = open_model(served.path, self._options, quiet=True)
-        self.loaded, self.name = model, served.name
+        self.loaded, self.name, self.shelf = model, served.name, Shelf(model, self._shelf_bytes)
         self.swaps += 1
         for line in start_lines(model):
             self._told(f"{served.name}: {line}")
@@ -81,3 +87,6 @@ class Pool:
         model, self.loaded, self.name = self.loaded, None, None
         if model is not None:
             model.close()
+        if self.shelf is not None:
+            self.shelf.close()
+            self.shelf = None

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).parent / "page"
 Body = TypeVar("Body")
+Asked = answers.ChatAsked | answers.CompletionAsked
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,8 @@ class Server:
         if request.stream:
             shape = replies.ChatStream(served.name, asked.several_calls)
             told = partial(self._pieces_told, options=request.stream_options or StreamOptions(), shape=shape)
-            return await self._events(http, request, served, asked.answers, told)
-        collected = await self._collected(http, request, served, asked.answers)
+            return await self._events(http, request, served, self._making(asked), told)
+        collected = await self._collected(http, request, served, self._making(asked))
         return as_json(replies.chat_completion(served.name, collected, asked.several_calls))
 
     async def respond(self, http: HttpRequest) -> Response:
@@ -86,8 +87,8 @@ class Server:
         response = responses.Response(served.name, request)
         if request.stream:
             told = partial(self._response_told, response=response)
-            return await self._events(http, request, served, asked.answers, told)
-        return as_json(response.whole(await self._collected(http, request, served, asked.answers)))
+            return await self._events(http, request, served, self._making(asked), told)
+        return as_json(response.whole(await self._collected(http, request, served, self._making(asked))))
 
     async def completion(self, http: HttpRequest) -> Response:
         request = await self._read(http, CompletionRequest)
@@ -98,8 +99,8 @@ class Server:
                 raise Refused("echo is for answers that are not streamed", "echo")
             shape = replies.TextStream(served.name)
             told = partial(self._pieces_told, options=request.stream_options or StreamOptions(), shape=shape)
-            return await self._events(http, request, served, asked.answers, told)
-        collected = await self._collected(http, request, served, asked.answers)
+            return await self._events(http, request, served, self._making(asked), told)
+        collected = await self._collected(http, request, served, self._making(asked))
         before = request.prompt if request.echo and isinstance(request.prompt, str) else ""
         return as_json(replies.text_completion(served.name, collected, before))
 
@@ -183,6 +184,16 @@ class Server:
         most = self.settings.max_tokens
         limit = {"max_tokens": min(asked or most, most)} if most is not None else {}
         return {**self.settings.sampling, **limit}
+
+    def _making(self, asked: Asked) -> Callable[[Model], Generator[Piece, None, None]]:
+        """Return what makes the answers, from where the conversation was left if that is kept."""
+
+        def make(model: Model) -> Generator[Piece, None, None]:
+            if self.pool.shelf is not None:
+                self.pool.shelf.provide(asked.prompt(model))
+            yield from asked.answers(model)
+
+        return make
 
     def _model(self, served: Served) -> dict[str, Any]:
         return {"id": served.name, "object": "model", "created": served.since, "owned_by": "edgelm"}

@@ -20,12 +20,18 @@ from edgelm_apps.server.streams import GRACE_S
 
 
 def run(
-    models: Mapping[str, Path], engine: Mapping[str, Any], settings: Settings, host: str, port: int, quiet: bool
+    models: Mapping[str, Path],
+    engine: Mapping[str, Any],
+    settings: Settings,
+    host: str,
+    port: int,
+    quiet: bool,
+    shelf_bytes: int,
 ) -> int:
     """Serve until the process is told to stop; return its exit code. Raises what loading the first model raises."""
     told = (lambda _: None) if quiet else note
     listener = _listen(host, port)
-    pool = Pool(models, engine, told)
+    pool = Pool(models, engine, told, shelf_bytes)
     try:
         first = next(iter(pool.served.values()))
         asyncio.run(pool.get(first))
