@@ -287,9 +287,9 @@ class Engine:
         n_tokens, arena, workspace = len(ids), self.arena, self.workspace
         arena.grow(n_tokens)
         groups = tuple(CacheGroup(arena.capacities[g], arena.length(g, n_tokens)) for g in self._groups)
-        shape = PassShape(
-            n_tokens, n_outputs, groups, claim is not None and claim.branches, arena.layout, claim is not None
-        )
+        verified = claim is not None and bool(groups)  # without a cache there are no passes of one to be equal to
+        tree = claim is not None and claim.branches
+        shape = PassShape(n_tokens, n_outputs, groups, tree, arena.layout, verified)
         steps = self._compiled(shape)
         if not final and self.window.cycle:
             steps = [step for step in steps if step.run <= self._cut.last_write]

@@ -7,13 +7,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import uvicorn
-
-from edgelm_apps.server.app import create_app
-from edgelm_apps.server.pool import Pool
-from edgelm_apps.server.routes import Settings
+if TYPE_CHECKING:
+    from edgelm_apps.server.pool import Pool
 
 ENGINE = {"memory": "2GB", "backend": "numpy", "threads": 1, "context": 512}
 PATIENCE_S = 20.0
@@ -28,11 +25,17 @@ class Running:
 
 @contextmanager
 def running(
-    models: dict[str, Path], settings: Settings | None = None, shelf_bytes: int = 0, **engine: Any
+    models: dict[str, Path], *, shelf_bytes: int = 0, engine: dict[str, Any] | None = None, **settings: Any
 ) -> Iterator[Running]:
-    """Serve models while inside."""
-    pool = Pool(models, {**ENGINE, **engine}, shelf_bytes=shelf_bytes)
-    app = create_app(pool, settings or Settings())
+    """Serve models while inside. What serves is imported here: it takes memory that other tests would count."""
+    import uvicorn
+
+    from edgelm_apps.server.app import create_app
+    from edgelm_apps.server.pool import Pool
+    from edgelm_apps.server.routes import Settings
+
+    pool = Pool(models, {**ENGINE, **(engine or {})}, shelf_bytes=shelf_bytes)
+    app = create_app(pool, Settings(**settings))
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()  # so that whoever is early waits

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from pydantic import BaseModel
 from serving import Running
 
-openai = pytest.importorskip("openai")
+if TYPE_CHECKING:  # imported where it is used: it takes memory that other tests would count
+    import openai
+
 CAT = [{"role": "user", "content": "the cat and the dog"}]
 NOW = {
     "type": "function",
@@ -27,16 +29,21 @@ NOW = {
 }
 
 
+@pytest.fixture(scope="module")
+def sdk() -> Any:
+    return pytest.importorskip("openai")
+
+
 @pytest.fixture
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+def client(sdk: Any, server: Running) -> Iterator[openai.OpenAI]:
+    with sdk.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_models(sdk: Any, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["first", "second"]
     assert client.models.retrieve("second").id == "second"
-    with pytest.raises(openai.NotFoundError, match="first, second"):
+    with pytest.raises(sdk.NotFoundError, match="first, second"):
         client.models.retrieve("third")
 
 
@@ -106,6 +113,8 @@ def test_a_forced_call_of_a_tool_and_its_result(client: openai.OpenAI) -> None:
 
 
 def test_structured_answers(client: openai.OpenAI) -> None:
+    from pydantic import BaseModel
+
     class Animal(BaseModel):
         name: str
         legs: int
@@ -140,9 +149,9 @@ def test_responses(client: openai.OpenAI) -> None:
     )
 
 
-def test_async(server: Running) -> None:
+def test_async(sdk: Any, server: Running) -> None:
     async def main() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        async with sdk.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
 
             async def ask(text: str) -> str:
                 stream = await client.chat.completions.create(
@@ -155,15 +164,15 @@ def test_async(server: Running) -> None:
     assert len(set(asyncio.run(main()))) == 1
 
 
-def test_mistakes_are_typed(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="918 tokens and the context holds 512") as caught:
+def test_mistakes_are_typed(sdk: Any, client: openai.OpenAI) -> None:
+    with pytest.raises(sdk.BadRequestError, match="918 tokens and the context holds 512") as caught:
         client.chat.completions.create(
             model="first", messages=[{"role": "user", "content": "the cat " * 300}], stream=True
         )
     assert caught.value.code == "context_length_exceeded"
     assert caught.value.body["n_ctx"] == 512
-    with pytest.raises(openai.BadRequestError, match="audio is not supported") as caught:
+    with pytest.raises(sdk.BadRequestError, match="audio is not supported") as caught:
         client.chat.completions.create(model="first", messages=CAT, audio={"voice": "ash", "format": "wav"})
     assert caught.value.param == "audio"
-    with pytest.raises(openai.BadRequestError, match="writes texts"):
+    with pytest.raises(sdk.BadRequestError, match="writes texts"):
         client.embeddings.create(model="first", input="x")

@@ -11,19 +11,21 @@ from hypothesis import HealthCheck, given, settings
 from serving import Running, running
 
 from edgelm_apps.server.openapi import document
-from edgelm_apps.server.routes import Settings
-
-schemathesis = pytest.importorskip("schemathesis")
 
 
 @pytest.fixture(scope="module")
 def small(models: dict[str, Path]) -> Iterator[Running]:
-    with running(models, Settings(max_tokens=3)) as server:
+    with running(models, max_tokens=3) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def api(small: Running) -> Any:
+def schemathesis() -> Any:
+    return pytest.importorskip("schemathesis")
+
+
+@pytest.fixture(scope="module")
+def api(schemathesis: Any, small: Running) -> Any:
     return schemathesis.openapi.from_url(f"{small.url}/openapi.json")
 
 
@@ -31,7 +33,7 @@ ROUTES = [(path, method.upper()) for path, methods in document()["paths"].items(
 
 
 @pytest.mark.parametrize(("path", "method"), ROUTES)
-def test_every_route_keeps_its_word(api: Any, path: str, method: str) -> None:
+def test_every_route_keeps_its_word(schemathesis: Any, api: Any, path: str, method: str) -> None:
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=api[path][method].as_strategy())
     def check(case: Any) -> None:

@@ -13,7 +13,6 @@ from browser import Browser, browser, installed
 from serving import Running, running
 
 from edgelm.engine.forward import Engine
-from edgelm_apps.server.routes import Settings
 
 pytestmark = pytest.mark.skipif(installed() is None, reason="no Chromium here")
 PICTURES = os.environ.get("EDGELM_PICTURES")
@@ -28,7 +27,7 @@ def page() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def served(models: dict[str, Path]) -> Iterator[Running]:
-    with running(models, Settings(max_tokens=12)) as server:
+    with running(models, max_tokens=12) as server:
         yield server
 
 

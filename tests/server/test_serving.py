@@ -14,7 +14,6 @@ import pytest
 from serving import PATIENCE_S, Running, running
 
 from edgelm.engine.forward import Engine
-from edgelm_apps.server.routes import Settings
 
 CAT = [{"role": "user", "content": "the cat and the dog"}]
 ASK: dict[str, Any] = {"model": "first", "messages": CAT}
@@ -98,7 +97,7 @@ def test_other_types_and_routes(server: Running) -> None:
 
 
 def test_pages_of_others_are_refused_unless_allowed(models: dict[str, Path]) -> None:
-    with running(models, Settings(origins=("https://mine.example",))) as server, client(server) as asking:
+    with running(models, origins=("https://mine.example",)) as server, client(server) as asking:
         theirs = asking.post("/v1/chat/completions", json=ASK, headers={"Origin": "https://theirs.example"})
         assert theirs.status_code == 403
         assert "--allow-origin https://theirs.example" in theirs.json()["error"]["message"]
@@ -111,13 +110,13 @@ def test_pages_of_others_are_refused_unless_allowed(models: dict[str, Path]) -> 
 
 
 def test_names_that_lead_here_by_surprise_are_refused(models: dict[str, Path]) -> None:
-    with running(models, Settings(hosts=("127.0.0.1",))) as server, client(server) as asking:
+    with running(models, hosts=("127.0.0.1",)) as server, client(server) as asking:
         assert asking.get("/v1/models", headers={"Host": "rebound.example"}).status_code == 400
         assert asking.get("/v1/models").status_code == 200
 
 
 def test_a_key_is_asked_for_but_not_for_the_page(models: dict[str, Path]) -> None:
-    with running(models, Settings(key="secret")) as server, client(server) as asking:
+    with running(models, key="secret") as server, client(server) as asking:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             assert asking.get("/v1/models", headers=headers).status_code == 401
         assert asking.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
@@ -140,7 +139,7 @@ def test_whoever_leaves_during_an_answer_stops_it_within_one_pass(models: dict[s
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_whoever_leaves_during_the_prompt_stops_it(models: dict[str, Path], slow: list[float], stream: bool) -> None:
-    with running(models, context=4096) as server, client(server) as asking:
+    with running(models, engine={"context": 4096}) as server, client(server) as asking:
         asking.post("/v1/chat/completions", json=ASK | {"max_tokens": 1})
         n_before = len(slow)
         body = {"model": "first", "stream": stream, "messages": [{"role": "user", "content": "the cat " * 1200}]}
@@ -153,8 +152,7 @@ def test_whoever_leaves_during_the_prompt_stops_it(models: dict[str, Path], slow
 def test_a_full_queue_says_when_to_come_back_and_streams_live_meanwhile(
     models: dict[str, Path], slow: list[float]
 ) -> None:
-    settings = Settings(queue=1, keep_alive_s=0.2)
-    with running(models, settings) as server, client(server) as asking:
+    with running(models, queue=1, keep_alive_s=0.2) as server, client(server) as asking:
         first: list[str] = []
         done = threading.Event()
 
