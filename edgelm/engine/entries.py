@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from functools import lru_cache
-from functools import lru_cache
 
 from edgelm.cachedir import cache_dir, read_json, write_json
 from edgelm.engine.machine import digest

@@ -403,7 +403,6 @@ def test_a_known_choice_is_quick_and_loads_no_other_library(install_backend, pat
         f"file = open_indexed({str(path)!r}); threads_of(None, None)\n"
         f"asked = choosing.Asked({str(path)!r}, 400_000_000, 1, choosing.Wishes(context=32))\n"
         "for name in ('slow', 'fast'): registry.get_backend(name).capabilities()  # not to be counted\n"
-        "for name in ('slow', 'fast'): registry.get_backend(name).capabilities()  # not to be counted\n"
         "start = time.process_time(); choice = choosing.choose(file, 'auto', asked)\n"
         "print(choice.names, time.process_time() - start)\n"
         f"with edgelm.load({str(path)!r}, memory='400MB', context=32, threads=1) as model:\n"
