@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import sys
 from collections.abc import Mapping
@@ -42,8 +43,9 @@ def run(
             create_app(pool, settings), log_level="warning", access_log=False, lifespan="on",
             timeout_graceful_shutdown=int(GRACE_S) + 5, server_header=False, http="h11", ws="none",
         )  # fmt: skip
-        server = uvicorn.Server(config)
-        server.run(sockets=[listener])
+        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them once more when all is done
+            signal.signal(number, lambda *_: None)
+        uvicorn.Server(config).run(sockets=[listener])
     finally:
         pool.close()
         listener.close()
