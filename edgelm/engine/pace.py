@@ -24,10 +24,15 @@ FIRST_REST, LAST_REST = 16, 256
 
 
 class Crowd:
-    """Notices that other processes want the cores, by passes that take many times as long as they can."""
+    """Notices that other processes want the cores, by passes that take many times as long as they can.
+
+    Then one thread computes for a while. Whether all are faster again shows in the next pass, and what that takes is
+    usual from then on: a longer context has slower passes, too.
+    """
 
     def __init__(self) -> None:
         self._least_s: dict[int, float] = {}
+        self._alone_s: dict[int, float] = {}
         self._alarms, self._n_left, self._rest = 0, 0, FIRST_REST
 
     @property
@@ -37,10 +42,17 @@ class Crowd:
 
     def passed(self, n_tokens: int, seconds: float) -> None:
         """Learn from a pass. Those of prompts are compared by what a token took."""
+        width, took_s = (n_tokens, seconds) if n_tokens < WIDE_TOKENS else (WIDE_TOKENS, seconds / n_tokens)
         if self._n_left:
             self._n_left -= 1
+            self._alone_s[width] = took_s
             return
-        width, took_s = (n_tokens, seconds) if n_tokens < WIDE_TOKENS else (WIDE_TOKENS, seconds / n_tokens)
+        if (alone_s := self._alone_s.pop(width, None)) is not None:
+            if took_s > alone_s:
+                self._begin_rest()
+            else:
+                self._least_s[width] = took_s
+            return
         least_s = self._least_s.setdefault(width, took_s)
         self._least_s[width] = min(least_s, took_s)
         if took_s <= CROWDED * least_s:
@@ -48,8 +60,11 @@ class Crowd:
             return
         self._alarms += 1
         if self._alarms == ALARMS:
-            self._alarms, self._n_left = 0, self._rest
-            self._rest = min(2 * self._rest, LAST_REST)
+            self._begin_rest()
+
+    def _begin_rest(self) -> None:
+        self._alarms, self._n_left = 0, self._rest
+        self._rest = min(2 * self._rest, LAST_REST)
 
 
 class Pace:

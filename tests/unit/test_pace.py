@@ -69,6 +69,13 @@ def test_a_crowd_that_stays_is_looked_for_ever_more_seldom() -> None:
     assert walk(pace, 2.0, 1.0, LAST_REST + 8)[-8:] == [2] * 8
 
 
+def test_passes_that_a_long_context_makes_slow_become_usual() -> None:
+    pace = Pace(2, False)
+    walk(pace, 1.6, 1.0, 8)
+    chosen = walk(pace, 16.0, 10.0, 200)
+    assert chosen == [2] * ALARMS + [1] * FIRST_REST + [2] * (200 - ALARMS - FIRST_REST)
+
+
 def test_passes_of_each_width_are_compared_with_their_like() -> None:
     crowd = Crowd()
     for _ in range(8):
