@@ -43,7 +43,7 @@ MARKS = (
 _BETWEEN = re.compile(
     r"(?:[\s;,]|</?tool_calls?>|</?TOOLCALL>|<\|/?tool_call\|>|<\|python_tag\|>|\[TOOL_CALLS\](?=\s*[\[{])"
     r"|functools(?=\[)|```(?:tool_code|tool_call|json)?|</function>|<end_function_call>"
-    r"|<｜tool▁call▁end｜>|<｜tool▁calls▁(?:begin|end)｜>)*+"
+    r"|<｜tool▁call▁end｜>|<｜tool▁calls▁(?:begin|end)｜>)*"
 )
 _NAMED = re.compile(  # calls whose name stands before the JSON
     r"<function=([\w.-]+)>?\s*|\[TOOL_CALLS\]\s*([\w.-]+)(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*"
