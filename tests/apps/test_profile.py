@@ -153,6 +153,7 @@ def test_json_needs_no_plotly_and_a_budget_that_fails_is_told(
     assert "pip install 'edgelm[profile]'" in without.err
 
 
+@pytest.mark.slow
 def test_no_budget_that_works_is_an_error_with_its_exit_code(model: Path, edgelm_command: Any, tmp_path: Path) -> None:
     result = edgelm_command("profile", str(model), "--backend", "numpy", "--memory", "1MB", "-q", "--json", "-")
     assert (result.code, result.out) == (6, "")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,6 +97,13 @@ def budgets(path: Path, n: int = 5, backend: str = "numpy", context: int = 64, m
     most = plan_at(path, GB, backend, context, max_outputs).planned_bytes
     assert least < most
     return [least + (most - least) * i // (n - 1) for i in range(n)]
+
+
+def some_by_default(architectures: Iterable[str]) -> list[Any]:
+    """Return architectures as parameters of a test, all but the two most different ones among the slow tests."""
+    return [
+        name if name in ("llama", "gemma3") else pytest.param(name, marks=pytest.mark.slow) for name in architectures
+    ]
 
 
 @contextmanager

@@ -72,6 +72,7 @@ def rounds_until(child: subprocess.Popen[str], what: Callable[[dict[str, Any]], 
     raise AssertionError(f"the model ended with code {child.wait()}; last it said {seen[-1:]}")
 
 
+@pytest.mark.slow
 @pytest.mark.device
 def test_a_hungry_neighbour_gets_memory_and_the_answers_stay_the_same(
     tmp_path: Path, memory_group: Callable[[str], Any]
