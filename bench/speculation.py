@@ -35,7 +35,7 @@ def prompts(kinds: list[str], per_kind: int) -> list[dict[str, str]]:
 
 def child(spec: dict[str, Any]) -> list[dict[str, Any]]:
     import edgelm
-    from edgelm.engine.passes import n_common
+    from edgelm.sequences import n_common
 
     options = {key: spec[key] for key in ("memory", "backend", "threads", "draft") if spec.get(key) is not None}
     rows = []

@@ -10,9 +10,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from edgelm.engine.passes import n_common
 from edgelm.errors import ConfigError, ContextOverflow, ModelFileError, ToolsIgnored
 from edgelm.files.writing import whole_or_nothing
+from edgelm.sequences import n_common
 from edgelm.text.respelling import respelled
 from edgelm.text.tools import ToolCall, ToolCallMatcher, checked_tools, hidden_marks
 

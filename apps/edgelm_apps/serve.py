@@ -87,7 +87,6 @@ def serve(
         paths[name] = path
     engine = engine_values(given)
     find_draft(engine, offline=offline, quiet=quiet)
-    sampling = sampling_values(given)
     try:
         from edgelm_apps.server.running import run
     except ModuleNotFoundError as error:
@@ -101,8 +100,7 @@ def serve(
         queue=queue,
         keep_alive_s=keep_alive,
         most_bytes=parse_size(max_request),
-        max_tokens=sampling.pop("max_tokens", None),
-        sampling=sampling,
+        sampling=sampling_values(given),
     )
     if adaptive:
         engine["adaptive"] = True

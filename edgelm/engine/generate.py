@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Literal
 from edgelm.engine.filtered import FilteredEngine
 from edgelm.engine.important import ImportantEngine
 from edgelm.engine.largest import largest
-from edgelm.engine.passes import n_common
 from edgelm.engine.rows import Rows
 from edgelm.engine.running import Running
 from edgelm.engine.sampling import Logits, Sampler
 from edgelm.engine.speculation.drafts import NOTHING, ROOT
 from edgelm.engine.speculation.speculator import Counts, Speculator
 from edgelm.errors import ConfigError, ContextOverflow
+from edgelm.sequences import n_common
 
 if TYPE_CHECKING:
     from edgelm.memory.arena import KVArena

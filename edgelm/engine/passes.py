@@ -12,12 +12,6 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """How many rows a verified pass has: few widths, because each is compiled."""
 
 
-def n_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many ids both texts begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(one), len(other)))
-
-
 def width_for(n: int, most: int) -> int:
     """Return the largest width of `WIDTHS` that is at most `n` and `most`."""
     return max(width for width in WIDTHS if width <= max(min(n, most), 1))

@@ -15,7 +15,7 @@ from edgelm_apps.server.openapi import document
 
 @pytest.fixture(scope="module")
 def small(models: dict[str, Path]) -> Iterator[Running]:
-    with running(models, max_tokens=3) as server:
+    with running(models, sampling={"max_tokens": 3}) as server:
         yield server
 
 

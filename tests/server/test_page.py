@@ -27,7 +27,7 @@ def page() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def served(models: dict[str, Path]) -> Iterator[Running]:
-    with running(models, max_tokens=12) as server:
+    with running(models, sampling={"max_tokens": 12}) as server:
         yield server
 
 

@@ -26,7 +26,9 @@ SOURCES = {
     "edgelm_models": ROOT / "models/edgelm_models",
     "edgelm_apps": ROOT / "apps/edgelm_apps",
 }
-BASE = {"edgelm.errors", "edgelm.sizes", "edgelm.cachedir", "edgelm.simulated", "edgelm.hashing"}
+BASE = {
+    "edgelm.cachedir", "edgelm.errors", "edgelm.hashing", "edgelm.sequences", "edgelm.simulated", "edgelm.sizes",
+}  # fmt: skip
 RANKS = {
     "edgelm.files": 1,
     "edgelm.text": 1,
@@ -47,7 +49,7 @@ BACKEND_MAY = {
     "edgelm.files.blocks", "edgelm.files.quantize", "edgelm.memory.cache_layout",
     "edgelm.files.ggml_types", "edgelm.files.model", "edgelm.files.affine", "edgelm.files.graph",
 }  # fmt: skip
-APPS_MAY = {"edgelm", "edgelm.aio", "edgelm.errors", "edgelm.sizes"}
+APPS_MAY = {"edgelm", "edgelm.aio", "edgelm.errors", "edgelm.sequences", "edgelm.sizes"}
 CATALOGUE_MAY = BASE | {
     "edgelm.files", "edgelm.files.drafts", "edgelm.files.folder", "edgelm.files.gguf", "edgelm.files.kept",
     "edgelm.files.prepared", "edgelm.text.cache",

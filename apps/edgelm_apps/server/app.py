@@ -31,7 +31,6 @@ def create_app(pool: Pool, settings: Settings) -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        server.stopping = True
         await jobs.finish()
         await asyncio.to_thread(pool.close)
 

@@ -66,12 +66,6 @@ class NoSuchRoute(Refused):
         super().__init__(f"there is no {method} {path}; GET /openapi.json lists what there is")
 
 
-class Stopping(Refused):
-    """The server is about to end."""
-
-    status, code = 503, "stopping"
-
-
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -117,8 +111,6 @@ def headers_of(error: Exception) -> dict[str, str]:
     match error:
         case Full():
             return {"Retry-After": str(math.ceil(error.retry_s))}
-        case Stopping():
-            return {"Retry-After": "5"}
         case Unauthorized():
             return {"WWW-Authenticate": "Bearer"}
         case _:

@@ -19,7 +19,7 @@ _ERRORS = {
     "415": "The body is not JSON.",
     "429": "All places of the queue are taken; Retry-After says when to try again.",
     "500": "A defect, or a model that cannot be computed with.",
-    "503": "The server is stopping, or the model does not fit into the budget.",
+    "503": "The model does not fit into the budget.",
 }
 _ERROR = {
     "type": "object",

@@ -70,7 +70,9 @@ class Pool:
 
         self.close()
         model = open_model(served.path, self._options, quiet=True)
-        self.loaded, self.name, self.shelf = model, served.name, Shelf(model, self._shelf_bytes)
+        self.loaded, self.name, self.shelf = model, served.name, None
+        if self._shelf_bytes:
+            self.shelf = Shelf(model, self._shelf_bytes)
         self.swaps += 1
         for line in start_lines(model):
             self._told(f"{served.name}: {line}")

@@ -124,16 +124,7 @@ def chat_completion(name: str, collected: Collected, several_calls: bool) -> Jso
                 "finish_reason": finish_of(chunk),
             }
         )
-    return {
-        "id": new_id("chatcmpl"),
-        "object": "chat.completion",
-        "created": now(),
-        "model": name,
-        "system_fingerprint": None,
-        "choices": choices,
-        "usage": usage_of(collected.usages),
-        "edgelm": stats_of(collected.usages[-1]),
-    }
+    return _head("chatcmpl", "chat.completion", name) | _whole(choices, collected)
 
 
 def text_completion(name: str, collected: Collected, before: str = "") -> Json:
@@ -147,16 +138,16 @@ def text_completion(name: str, collected: Collected, before: str = "") -> Json:
         }
         for index, chunk in collected.last.items()
     ]
-    return {
-        "id": new_id("cmpl"),
-        "object": "text_completion",
-        "created": now(),
-        "model": name,
-        "system_fingerprint": None,
-        "choices": choices,
-        "usage": usage_of(collected.usages),
-        "edgelm": stats_of(collected.usages[-1]),
-    }
+    return _head("cmpl", "text_completion", name) | _whole(choices, collected)
+
+
+def _head(kind: str, what: str, model: str) -> Json:
+    """Return the fields that every object of this API begins with."""
+    return {"id": new_id(kind), "object": what, "created": now(), "model": model, "system_fingerprint": None}
+
+
+def _whole(choices: list[Json], collected: Collected) -> Json:
+    return {"choices": choices, "usage": usage_of(collected.usages), "edgelm": stats_of(collected.usages[-1])}
 
 
 def _legacy(found: list[Json]) -> Json:
@@ -177,13 +168,7 @@ class ChatStream:
     """Objects of the pieces of chat answers: the first of each has the role, the last the reason of its end."""
 
     def __init__(self, name: str, several_calls: bool) -> None:
-        self._head = {
-            "id": new_id("chatcmpl"),
-            "object": "chat.completion.chunk",
-            "created": now(),
-            "model": name,
-            "system_fingerprint": None,
-        }
+        self._head = _head("chatcmpl", "chat.completion.chunk", name)
         self._several = several_calls
         self._begun: set[int] = set()
 
@@ -214,13 +199,7 @@ class TextStream:
     """Objects of the pieces of answers without a template."""
 
     def __init__(self, name: str) -> None:
-        self._head = {
-            "id": new_id("cmpl"),
-            "object": "text_completion",
-            "created": now(),
-            "model": name,
-            "system_fingerprint": None,
-        }
+        self._head = _head("cmpl", "text_completion", name)
 
     def piece(self, piece: Piece, logprobs: Json | None) -> Json:
         choice = {

@@ -19,7 +19,7 @@ from edgelm.sizes import parse_size
 from edgelm_apps.server import answers, jobs, replies, responses
 from edgelm_apps.server.answers import Piece
 from edgelm_apps.server.bodies import as_json, decoded, log_defect
-from edgelm_apps.server.errors import Refused, Stopping, body_of
+from edgelm_apps.server.errors import Refused, body_of
 from edgelm_apps.server.metrics import Metrics
 from edgelm_apps.server.openapi import document
 from edgelm_apps.server.pool import Pool, Served
@@ -54,7 +54,6 @@ class Settings:
     keep_alive_s: float = 5.0
     most_bytes: int = 4_000_000
     sampling: dict[str, Any] = field(default_factory=dict)
-    max_tokens: int | None = None
 
 
 class Server:
@@ -64,7 +63,6 @@ class Server:
         self.pool, self.settings = pool, settings
         self.queue = Queue(settings.queue)
         self.metrics = Metrics(pool, self.queue)
-        self.stopping = False
         self.usage: Usage | None = None
 
     # --- what requests mean
@@ -72,7 +70,7 @@ class Server:
     async def chat(self, http: HttpRequest) -> Response:
         request = await self._read(http, ChatRequest)
         served = self.pool.find(request.model)
-        asked = answers.of_chat(request, self._defaults(request.max_completion_tokens or request.max_tokens))
+        asked = answers.of_chat(request, self.settings.sampling)
         if request.stream:
             shape = replies.ChatStream(served.name, asked.several_calls)
             told = partial(self._pieces_told, options=request.stream_options or StreamOptions(), shape=shape)
@@ -83,7 +81,7 @@ class Server:
     async def respond(self, http: HttpRequest) -> Response:
         request = await self._read(http, ResponseRequest)
         served = self.pool.find(request.model)
-        asked = responses.asked_of(request, self._defaults(request.max_output_tokens))
+        asked = responses.asked_of(request, self.settings.sampling)
         response = responses.Response(served.name, request)
         if request.stream:
             told = partial(self._response_told, response=response)
@@ -93,7 +91,7 @@ class Server:
     async def completion(self, http: HttpRequest) -> Response:
         request = await self._read(http, CompletionRequest)
         served = self.pool.find(request.model)
-        asked = answers.of_completion(request, self._defaults(request.max_tokens))
+        asked = answers.of_completion(request, self.settings.sampling)
         if request.stream:
             if request.echo:
                 raise Refused("echo is for answers that are not streamed", "echo")
@@ -131,12 +129,12 @@ class Server:
 
     async def health(self, http: HttpRequest) -> Response:
         told = {
-            "status": "stopping" if self.stopping else "ok",
+            "status": "ok",
             "model": self.pool.name,
             "busy": self.queue.busy,
             "waiting": len(self.queue),
         }
-        return as_json(told, 503 if self.stopping else 200)
+        return as_json(told)
 
     async def status(self, http: HttpRequest) -> Response:
         """What the page shows: the budget, where it goes, and what the newest answer took."""
@@ -180,11 +178,6 @@ class Server:
 
     # --- how they are answered
 
-    def _defaults(self, asked: int | None) -> dict[str, Any]:
-        most = self.settings.max_tokens
-        limit = {"max_tokens": min(asked or most, most)} if most is not None else {}
-        return {**self.settings.sampling, **limit}
-
     def _making(self, asked: Asked) -> Callable[[Model], Generator[Piece, None, None]]:
         """Return what makes the answers, from where the conversation was left if that is kept."""
 
@@ -202,8 +195,6 @@ class Server:
         return decoded(http.headers.get("content-type"), await http.body(), kind)
 
     def _enter(self, http: HttpRequest, request: Request) -> Place:
-        if self.stopping:
-            raise Stopping("the server is about to stop; try again later")
         address = http.client.host if http.client else ""
         try:
             return self.queue.enter(request.user or address)

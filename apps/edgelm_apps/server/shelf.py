@@ -1,7 +1,7 @@
 """Conversations that had the engine lately, with what was computed of them: whoever comes back goes on from there.
 
 The keys and values of one conversation are in the model. Those of the others lie in files of a temporary folder; the
-one that was not asked for longest goes first. Writing and reading them takes a tenth of the time of computing them.
+one that was not asked for longest goes first. Reading them takes less time than computing them (`bench/prefix.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelm.errors import ConfigError, ModelFileError
+from edgelm.sequences import n_common
 
 if TYPE_CHECKING:
     from edgelm import Model
@@ -28,16 +29,16 @@ class Shelf:
         self._model, self._most, self._number = model, most_bytes, 0
         self._folder = tempfile.TemporaryDirectory(prefix="edgelm-serve-", ignore_cleanup_errors=True)
         self._kept: OrderedDict[Path, tuple[Sequence[int], int]] = OrderedDict()
-        self._works = most_bytes > 0
+        self._works = True
 
     def provide(self, ids: Sequence[int]) -> None:
         """Let the model hold the conversation that has most in common with a prompt, and put its present one away."""
         stored = self._model.stored
-        here = _common(stored, ids)
+        here = n_common(stored, ids)
         if not self._works or here >= len(ids) - 1:
             return
-        best = max(self._kept, key=lambda path: _common(self._kept[path][0], ids), default=None)
-        spared = _common(self._kept[best][0], ids) if best is not None else 0
+        best = max(self._kept, key=lambda path: n_common(self._kept[path][0], ids), default=None)
+        spared = n_common(self._kept[best][0], ids) if best is not None else 0
         if len(stored) - here >= WORTH_TOKENS:
             self._put_away(stored)
         if best is not None and best in self._kept and spared - here >= WORTH_TOKENS:
@@ -48,7 +49,7 @@ class Shelf:
 
     def _put_away(self, stored: Sequence[int]) -> None:
         for path, (ids, _) in list(self._kept.items()):
-            if _common(ids, stored) == len(ids):  # it went on
+            if n_common(ids, stored) == len(ids):  # it went on
                 self._drop(path)
         self._number += 1
         path = Path(self._folder.name, f"{self._number}.kv")
@@ -70,8 +71,3 @@ class Shelf:
     def _drop(self, path: Path) -> None:
         self._kept.pop(path, None)
         path.unlink(missing_ok=True)
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (mine, theirs) in pairs if mine != theirs), min(len(one), len(other)))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from edgelm.engine.passes import n_common
 from edgelm.engine.speculation.chances import Chances
 from edgelm.engine.speculation.drafts import Guess
+from edgelm.sequences import n_common
 
 LEAST, MOST = 2, 32
 """Tokens that must have stood there in the same order, and how many are compared at the most."""
