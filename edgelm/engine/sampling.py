@@ -24,8 +24,10 @@ Processor = Callable[[Sequence[int], Logits], Logits]
 Sampler = Callable[[Logits, Sequence[int]], int]
 
 
-LEAST_TEMPERATURE = 1e-3
-"""Dynamic temperatures below this take the likeliest token, near enough."""
+LEAST_TEMPERATURE = 1e-6
+"""Temperatures below this, but for 0, count as this: the likeliest token, and nothing that float32 cannot divide by."""
+LARGEST = 1e9
+"""No parameter is larger, so that no step leaves the range of float32."""
 
 
 class BadLogits(EdgeLMError):
@@ -43,7 +45,7 @@ class Sampling:
     keeps what is at most so many standard deviations below the best. XTC excludes, with `xtc_probability`, all but the
     least likely of the tokens above `xtc_threshold`. `dynatemp_range` lets the temperature follow the entropy. With a
     `mirostat_tau`, mirostat 2.0 takes the place of every truncation. Multiplier, sigma, probability, range and tau of 0
-    switch a step off.
+    switch a step off. Nothing may lie beyond ±1e9.
     `seed` None draws differently each time. Raises `ConfigError` for a value that cannot work.
     """
 
@@ -72,21 +74,21 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0.0, math.inf)
+        _check("temperature", self.temperature, 0.0, LARGEST)
         _check("top_p", self.top_p, 0.0, 1.0)
         _check("min_p", self.min_p, 0.0, 1.0)
         _check("typical_p", self.typical_p, 0.0, 1.0)
-        _check("repeat_penalty", self.repeat_penalty, 0.0, math.inf)
-        _check("presence_penalty", self.presence_penalty, -math.inf, math.inf)
-        _check("frequency_penalty", self.frequency_penalty, -math.inf, math.inf)
-        _check("dry_multiplier", self.dry_multiplier, 0.0, math.inf)
-        _check("dry_base", self.dry_base, 1.0, math.inf)
-        _check("top_n_sigma", self.top_n_sigma, 0.0, math.inf)
+        _check("repeat_penalty", self.repeat_penalty, 1 / LARGEST, LARGEST)
+        _check("presence_penalty", self.presence_penalty, -LARGEST, LARGEST)
+        _check("frequency_penalty", self.frequency_penalty, -LARGEST, LARGEST)
+        _check("dry_multiplier", self.dry_multiplier, 0.0, LARGEST)
+        _check("dry_base", self.dry_base, 1.0, LARGEST)
+        _check("top_n_sigma", self.top_n_sigma, 0.0, LARGEST)
         _check("xtc_probability", self.xtc_probability, 0.0, 1.0)
         _check("xtc_threshold", self.xtc_threshold, 0.0, 1.0)
-        _check("dynatemp_range", self.dynatemp_range, 0.0, math.inf)
-        _check("dynatemp_exponent", self.dynatemp_exponent, 0.0, math.inf)
-        _check("mirostat_tau", self.mirostat_tau, 0.0, math.inf)
+        _check("dynatemp_range", self.dynatemp_range, 0.0, LARGEST)
+        _check("dynatemp_exponent", self.dynatemp_exponent, 0.0, LARGEST)
+        _check("mirostat_tau", self.mirostat_tau, 0.0, LARGEST)
         _check("mirostat_eta", self.mirostat_eta, 0.0, 1.0)
         _check_int("dry_allowed_length", self.dry_allowed_length, 1)
         _check_int("dry_penalty_last_n", self.dry_penalty_last_n, -1)
@@ -94,12 +96,10 @@ class Sampling:
         _check_int("penalty_last_n", self.penalty_last_n, -1)
         if self.seed is not None:
             _check_int("seed", self.seed, 0)
-        if self.repeat_penalty == 0:
-            raise ConfigError("repeat_penalty must be above 0, got 0; 1 switches it off")
         for token, bias in self.logit_bias.items():
             _check_int("a token id in logit_bias", token, 0)
-            if not bias < math.inf:  # minus infinity forbids a token
-                raise ConfigError(f"logit_bias of token {token} must be below infinity, got {bias}")
+            if bias != -math.inf:  # which forbids a token
+                _check(f"logit_bias of token {token}", bias, -LARGEST, LARGEST)
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
     @property
@@ -111,11 +111,10 @@ class Sampling:
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
         raise ConfigError(f"{name} must be a finite number, got {value!r}")
     if not low <= value <= high:
-        bounds = f"between {low:g} and {high:g}" if high < math.inf else f"{low:g} or more"
-        raise ConfigError(f"{name} must be {bounds}, got {value:g}")
+        raise ConfigError(f"{name} must be between {low:g} and {high:g}, got {value!r:.40}")
 
 
 def _check_int(name: str, value: int, low: int) -> None:
@@ -180,7 +179,7 @@ def _processed(logits: Logits, history: Sequence[int], sampling: Sampling, proce
             sampling.dry_base, sampling.dry_allowed_length, sampling.dry_breakers,
         )  # fmt: skip
         for token, penalty in penalties.items():
-            logits[token] -= penalty
+            logits[token] -= min(penalty, LARGEST)
     for processor in processors:
         n_vocab, logits = len(logits), processor(history, logits)
         if not isinstance(logits, np.ndarray) or logits.shape != (n_vocab,):
@@ -189,10 +188,10 @@ def _processed(logits: Logits, history: Sequence[int], sampling: Sampling, proce
 
 
 def _temperature(logits: Logits, sampling: Sampling) -> float:
-    if not sampling.dynatemp_range:
-        return sampling.temperature
-    spread, exponent = sampling.dynatemp_range, sampling.dynatemp_exponent
-    return max(dynamic_temperature(logits, sampling.temperature, spread, exponent), LEAST_TEMPERATURE)
+    temperature, spread = sampling.temperature, sampling.dynatemp_range
+    if spread:
+        temperature = dynamic_temperature(logits, temperature, spread, sampling.dynatemp_exponent)
+    return max(temperature, LEAST_TEMPERATURE)
 
 
 def _penalize(logits: Logits, history: Sequence[int], sampling: Sampling) -> None:

@@ -52,7 +52,7 @@ def within_sigma(logits: Logits, n: float) -> Ids:
     """Return the positions of logits that are at most `n` standard deviations below the largest (arXiv:2411.07641)."""
     finite = logits[logits > -np.inf]
     mean = float(finite.mean(dtype=np.float64))
-    deviation = math.sqrt(float(np.square(finite - np.float32(mean)).mean(dtype=np.float64)))
+    deviation = math.sqrt(float(np.square(finite - np.float32(mean), dtype=np.float64).mean()))
     return np.flatnonzero(logits >= np.float32(float(finite.max()) - n * deviation))
 
 

@@ -34,7 +34,8 @@ ROUTES = [(path, method.upper()) for path, methods in document()["paths"].items(
 
 @pytest.mark.parametrize(("path", "method"), ROUTES)
 def test_every_route_keeps_its_word(schemathesis: Any, api: Any, path: str, method: str) -> None:
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    # the same requests each time: a change is to blame for what fails with it; more with a larger number, by hand
+    @settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=api[path][method].as_strategy())
     def check(case: Any) -> None:
         # a body may fit the document and yet be too long for the context, or ask for what a model cannot do

@@ -207,7 +207,7 @@ def test_forbidden_tokens_are_never_drawn(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -0.1}, "temperature must be 0 or more, got -0.1"),
+        ({"temperature": -0.1}, "temperature must be between 0 and .*, got -0.1"),
         ({"temperature": math.nan}, "temperature must be a finite number"),
         ({"temperature": "hot"}, "temperature must be a finite number, got 'hot'"),
         ({"top_p": 1.01}, "top_p must be between 0 and 1"),
@@ -215,17 +215,52 @@ def test_forbidden_tokens_are_never_drawn(options: dict[str, Any]) -> None:
         ({"typical_p": 2}, "typical_p must be between"),
         ({"top_k": -1}, "top_k must be a whole number of 0 or more"),
         ({"top_k": 1.5}, "top_k must be a whole number"),
-        ({"repeat_penalty": 0}, "repeat_penalty must be above 0"),
+        ({"repeat_penalty": 0}, "repeat_penalty must be between 1e-09 and"),
         ({"penalty_last_n": -2}, "penalty_last_n must be a whole number of -1 or more"),
         ({"presence_penalty": math.inf}, "presence_penalty must be a finite"),
         ({"seed": -1}, "seed must be a whole number of 0 or more"),
         ({"logit_bias": {-1: 1.0}}, "a token id in logit_bias"),
-        ({"logit_bias": {1: math.nan}}, "logit_bias of token 1 must be below infinity"),
+        ({"logit_bias": {1: math.nan}}, "logit_bias of token 1 must be a finite number"),
+        ({"logit_bias": {1: 1e10}}, "logit_bias of token 1 must be between"),
+        ({"temperature": 10**400}, "temperature must be between"),
     ],
 )
 def test_values_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Sampling(**options)
+
+
+ANY_NUMBER = st.sampled_from([0.0, 5e-324, 1e-46, 1e-40, 1e-9, 1e-3, 0.5, 1.0, 1.5, 2.0, 100.0, 1e9])
+UNIT = st.sampled_from([0.0, 5e-324, 1e-46, 1e-9, 0.1, 0.5, 1.0])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            **dict.fromkeys(["temperature", "dry_multiplier", "top_n_sigma", "dynatemp_range"], ANY_NUMBER),
+            **dict.fromkeys(["presence_penalty", "frequency_penalty", "mirostat_tau"], ANY_NUMBER),
+            **dict.fromkeys(["top_p", "min_p", "typical_p"], UNIT),
+            **dict.fromkeys(["xtc_probability", "xtc_threshold", "mirostat_eta"], UNIT),
+            "repeat_penalty": ANY_NUMBER.filter(lambda value: value >= 1e-9),
+            "dry_base": ANY_NUMBER.filter(lambda value: value >= 1),
+            "dynatemp_exponent": ANY_NUMBER,
+            "logit_bias": st.dictionaries(st.integers(0, 199), st.sampled_from([-math.inf, -1e9, 1e9]), max_size=3),
+        },
+    )
+)
+def test_every_value_that_is_accepted_can_be_computed_with(options: dict[str, Any]) -> None:
+    sample = make_sampler(Sampling(**options, seed=0))
+    history = [1, 2, 3, 1, 2, 3, 1, 2]
+    for seed in range(3):  # a warning of NumPy, an overflow say, fails a test
+        history.append(sample(row(200, seed), history))
+    assert all(0 <= token < 200 for token in history)
+
+
+def test_a_tiny_temperature_takes_the_likeliest_token() -> None:
+    logits = row(200)
+    assert make_sampler(Sampling(temperature=1e-300, seed=0))(logits.copy(), []) == logits.argmax()
 
 
 def test_options_cannot_be_changed_from_outside() -> None:
