@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -34,7 +35,10 @@ def served(models: dict[str, Path]) -> Iterator[Running]:
 def opened(page: Browser, server: Running, width: int = 1000, height: int = 800, dark: bool = False) -> None:
     page.problems.clear()
     page.requests.clear()
-    page.open(f"{server.url}/", width, height, dark=dark, until="document.querySelector('#model').options.length")
+    there = "document.querySelector('#model')?.options.length"
+    page.open(f"{server.url}/", width, height, dark=dark, until=there)
+    if page.value("document.querySelectorAll('article').length"):  # of the test before
+        page.value("document.getElementById('clear').click()")
 
 
 def ask(page: Browser, text: str) -> None:
@@ -142,18 +146,65 @@ def test_a_screen_reader_hears_names_and_roles(page: Browser, served: Running) -
     assert not [one for one in tree if one["role"] in ("button", "textbox", "combobox") and not one["name"]]
 
 
-def test_an_answer_cannot_become_markup(page: Browser, served: Running) -> None:
+MARKDOWN = """
+# Fruit & "more" &lt;
+
+**bold** *soft* ~~gone~~ `a &lt; b` <img src=x onerror=alert(1)> [bad](javascript:alert(1)) [good](https://example.org/)
+
+| name | n |
+|------|---|
+| **fig** | 1 |
+
+1. one
+   - inner <script>alert(1)</script>
+2. two
+
+> said
+
+```js
+<b>x</b>
+```
+"""
+
+
+def test_an_answer_is_formatted_and_cannot_become_markup(page: Browser, served: Running) -> None:
     opened(page, served)
-    evil = "**bold** `code` <img src=x onerror=alert(1)>\\n\\n- one\\n- two\\n\\n```js\\n<b>x</b>\\n```"
     page.value(
         "import('/page/text.js').then(({ show }) => { const box = document.createElement('div'); box.id = 'shown';"
-        f" document.body.append(box); show(box, `{evil.replace('`', chr(92) + '`')}`); }})"
+        f" document.body.append(box); show(box, {json.dumps(MARKDOWN)}); }})"
     )
     page.wait("document.querySelector('#shown pre') !== null")
-    assert page.value("document.querySelector('#shown img')") is None
-    assert page.value("document.querySelectorAll('#shown li').length") == 2
-    assert page.value("document.querySelector('#shown strong').textContent") == "bold"
-    assert page.value("document.querySelector('#shown pre').textContent") == "<b>x</b>"
+
+    def text(selector: str) -> Any:
+        return page.value(f"[...document.querySelectorAll('#shown {selector}')].map(one => one.textContent)")
+
+    assert page.value("document.querySelectorAll('#shown img, #shown script').length") == 0
+    assert text("h3") == ['Fruit & "more" <']
+    assert [text(name) for name in ("p strong", "em", "del", "p code")] == [["bold"], ["soft"], ["gone"], ["a &lt; b"]]
+    assert text("td") == ["fig", "1"]
+    assert text("ol > li > ul > li") == ["inner <script>alert(1)</script>"]
+    assert text("blockquote") == ["said"]
+    assert text("pre") == ["<b>x</b>"]
+    assert page.value("[...document.querySelectorAll('#shown a')].map(one => one.href)") == ["https://example.org/"]
+
+
+def test_the_conversation_is_there_again_after_a_reload(page: Browser, served: Running) -> None:
+    opened(page, served)
+    ask(page, "the cat")
+    page.wait(ANSWERED.format(1))
+    said = texts(page, "user") + texts(page, "assistant")
+    page.open(f"{served.url}/", 1000, 800, until="document.querySelectorAll('article').length === 2")
+    assert texts(page, "user") + texts(page, "assistant") == said
+    ask(page, "and on")
+    page.wait(ANSWERED.format(2))
+    page.value("document.getElementById('clear').click()")
+    assert page.value("localStorage.getItem('edgelm.chat')") == "[]"
+
+
+def test_memory_is_shown_without_a_question(page: Browser, served: Running) -> None:
+    opened(page, served)
+    page.wait("document.getElementById('memory').value > 1e7")
+    assert page.value("document.getElementById('memory').max") == 2e9
 
 
 def test_it_is_there_within_a_second(page: Browser, served: Running) -> None:

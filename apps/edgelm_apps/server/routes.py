@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import psutil
 from sse_starlette import ServerSentEvent
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -144,6 +145,7 @@ class Server:
             "model": self.pool.name,
             "waiting": len(self.queue),
             "busy": self.queue.busy,
+            "rss_bytes": psutil.Process().memory_info().rss,
             "usage": replies.stats_of(self.usage) if self.usage else None,
         }
         if model is not None:

@@ -2,6 +2,15 @@
 // The server's API: requests, and the events of an answer.
 
 /** @typedef {{role: string, content: string}} Message */
+/**
+ * @typedef {{
+ *   completion_tokens: number, ttft_s: number, decode_tps: number, rss_bytes: number, peak_bytes: number,
+ *   budget_bytes: number, bytes_streamed: number, read_s: number, wait_s: number, compute_s: number,
+ *   sample_s: number, other_s: number, backend: string, simulated: string | null,
+ * }} Usage as edgelm.Usage has it
+ */
+/** @typedef {{models: string[], model: string | null, rss_bytes: number, budget_bytes?: number, usage: Usage | null}} Status */
+/** @typedef {{delta: {content?: string}, finish_reason: string | null}} Choice */
 
 /** @param {string} path @param {string} key @param {object} [body] @param {AbortSignal} [signal] */
 async function ask(path, key, body, signal) {
@@ -15,17 +24,20 @@ async function ask(path, key, body, signal) {
   throw new Error((told?.error?.message ?? `the server answered ${response.status}`) + (wait ? ` (${wait} s)` : ""));
 }
 
-/** @param {string} key */
+/** @param {string} key @returns {Promise<Status>} */
 export async function status(key) {
   return (await ask("/v1/status", key)).json();
 }
 
-/** @param {string} key @param {string} memory */
+/** @param {string} key @param {string} memory @returns {Promise<Status>} */
 export async function setBudget(key, memory) {
   return (await ask("/v1/budget", key, { memory })).json();
 }
 
-/** @param {string} key @param {object} request @param {AbortSignal} signal */
+/**
+ * @param {string} key @param {object} request @param {AbortSignal} signal
+ * @returns {AsyncGenerator<{choices: Choice[], edgelm: Usage}>}
+ */
 export async function* answer(key, request, signal) {
   const response = await ask("/v1/chat/completions", key, request, signal);
   const reader = /** @type {ReadableStream<Uint8Array>} */ (response.body).getReader();
