@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,12 +32,11 @@ def running(
     from edgelm_apps.server.app import create_app
     from edgelm_apps.server.pool import Pool
     from edgelm_apps.server.routes import Settings
+    from edgelm_apps.server.running import listen
 
     pool = Pool(models, {**ENGINE, **(engine or {})}, shelf_bytes=shelf_bytes)
     app = create_app(pool, Settings(**settings))
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen()  # so that whoever is early waits
+    listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import subprocess
@@ -28,6 +29,26 @@ def server(models: dict[str, Path]) -> Iterator[tuple[subprocess.Popen[str], str
         child.kill()
         child.wait()
         child.stderr.close()
+
+
+def test_small_answers_are_sent_at_once() -> None:
+    from edgelm_apps.server.running import listen
+
+    async def seen() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            taken = writer.get_extra_info("socket")
+            found.set_result(taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with listen("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(connected, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                writer.close()
+                return await found
+
+    assert asyncio.run(seen())
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])

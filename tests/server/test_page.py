@@ -209,6 +209,6 @@ def test_memory_is_shown_without_a_question(page: Browser, served: Running) -> N
 
 def test_it_is_there_within_a_second(page: Browser, served: Running) -> None:
     opened(page, served)
-    painted_ms = page.value("performance.getEntriesByName('first-contentful-paint')[0]?.startTime")
-    assert painted_ms is not None
-    assert painted_ms < 1000
+    painted = "performance.getEntriesByName('first-contentful-paint')[0]"
+    page.wait(f"{painted} !== undefined")
+    assert page.value(f"{painted}.startTime") < 1000

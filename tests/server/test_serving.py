@@ -149,6 +149,16 @@ def test_whoever_leaves_during_the_prompt_stops_it(models: dict[str, Path], slow
         assert 0 < len(slow) - n_before < 3640 // 512
 
 
+def test_a_stream_that_waits_begins_before_the_first_keep_alive(models: dict[str, Path], slow: list[float]) -> None:
+    with running(models, keep_alive_s=60.0) as server, client(server) as asking, client(server) as other:
+        body = ASK | {"stream": True, "max_tokens": 400, "speculate": False}
+        with asking.stream("POST", "/v1/chat/completions", json=body) as first:
+            lines = first.iter_lines()  # whose end is that of the connection
+            next(lines)
+            with other.stream("POST", "/v1/chat/completions", json=body, timeout=30) as waiting:
+                assert next(waiting.iter_lines()).startswith(": ")
+
+
 def test_a_full_queue_says_when_to_come_back_and_streams_live_meanwhile(
     models: dict[str, Path], slow: list[float]
 ) -> None:

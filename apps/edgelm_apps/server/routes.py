@@ -25,7 +25,7 @@ from edgelm_apps.server.metrics import Metrics
 from edgelm_apps.server.openapi import document
 from edgelm_apps.server.pool import Pool, Served
 from edgelm_apps.server.queue import Full, Place, Queue
-from edgelm_apps.server.streams import SOON_S, as_event, events_response, joined, watched
+from edgelm_apps.server.streams import SOON_S, alive, as_event, events_response, joined, watched
 from edgelm_apps.server.wire import (
     BudgetRequest,
     ChatRequest,
@@ -237,6 +237,8 @@ class Server:
         async def events() -> AsyncIterator[ServerSentEvent]:
             ended = False
             try:
+                if not first.done():
+                    yield alive()
                 async with aclosing(joined(first, pieces)) as found:
                     async for event in told(found):
                         yield as_event(event)

@@ -25,8 +25,13 @@ def events_response(events: AsyncIterator[ServerSentEvent], keep_alive_s: float)
     """Return the response that sends these events, and a comment whenever there is none for so long."""
     return EventSourceResponse(
         events, ping=keep_alive_s, sep="\n", shutdown_grace_period=GRACE_S,
-        ping_message_factory=lambda: ServerSentEvent(comment="still at it", sep="\n"),
+        ping_message_factory=alive,
     )  # fmt: skip
+
+
+def alive() -> ServerSentEvent:
+    """Return the comment that says no more than that the stream lives."""
+    return ServerSentEvent(comment="still at it", sep="\n")
 
 
 def as_event(value: dict[str, Any]) -> ServerSentEvent:
@@ -50,8 +55,8 @@ async def watched(http: Request, items: AsyncGenerator[Item, None]) -> AsyncIter
 
     async def watch() -> None:
         nonlocal gone
-        while not await http.is_disconnected():
-            await asyncio.sleep(0.2)
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
         gone = True
         if me is not None:
             me.cancel()
