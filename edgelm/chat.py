@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -70,6 +72,16 @@ class Chat:
     def answer(self, messages: Sequence[Message], **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """Yield the answer to messages that are new, of whatever roles; see `stream`."""
         return self._answer(self._model.turns.ask(), list(messages), options)
+
+    async def aanswer(self, messages: Sequence[Message], **options: Unpack[Options]) -> AsyncGenerator[Chunk, None]:
+        """Like `answer`, for asyncio; see `Model.astream`."""
+        from edgelm.aio import iterate
+
+        turn = self._model.turns.ask()
+        stream = partial(self._answer, turn, list(messages), options)
+        async with aclosing(iterate(stream, partial(self._model.turns.cancel, turn))) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     def tool_results(
         self, results: Sequence[tuple[ToolCall, str]], **options: Unpack[Options]

@@ -152,6 +152,29 @@ def test_astream_gives_what_stream_gives(model: Model) -> None:
     assert chunks[-1].finish_reason == "length"
 
 
+def test_aanswer_gives_what_answer_gives_and_stops_only_itself(model: Model) -> None:
+    asked: Any = [{"role": "user", "content": PROMPT}]
+
+    async def scene() -> tuple[list[Chunk], list[Chunk]]:
+        async def ask(most: int) -> list[Chunk]:
+            found: list[Chunk] = []
+            answer = model.chat().aanswer(asked, max_tokens=40, ignore_eos=True)
+            async for chunk in answer:
+                found.append(chunk)
+                if len(found) == most:
+                    break
+            await answer.aclose()
+            return found
+
+        whole, left = await asyncio.gather(ask(100), ask(3))
+        return whole, left
+
+    whole, left = asyncio.run(scene())
+    assert tokens(whole) == tokens(list(model.chat().answer(asked, max_tokens=40, ignore_eos=True)))
+    assert whole[-1].finish_reason == "length"
+    assert len(left) == 3
+
+
 def test_two_astreams_queue_in_one_loop_and_errors_come_through(model: Model) -> None:
     async def ask(prompt: str, **options: Any) -> list[Chunk]:
         return [chunk async for chunk in model.astream(prompt, max_tokens=6, ignore_eos=True, **options)]
