@@ -11,6 +11,7 @@ import sys
 
 import click
 
+from edgelm_apps.help_ends import end_of
 from edgelm_apps.output import print_error
 
 COMMANDS = {
@@ -49,6 +50,7 @@ class LazyGroup(click.Group):
             return None
         module, _, attribute = target.partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
+        command.epilog = end_of(cmd_name)
         return command
 
     def invoke(self, ctx: click.Context) -> object:
@@ -69,7 +71,11 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     ctx.exit()
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="`edgelm COMMAND --help` ends with examples, exit codes and environment variables.",
+)
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version."
 )

@@ -8,10 +8,7 @@ import click
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the completion script of SHELL.
-
-    For bash, put this line into ~/.bashrc: eval "$(edgelm completion bash)"
-    """
+    """Print the script that completes commands, options and names of models in SHELL."""
     from click.shell_completion import get_completion_class
 
     from edgelm_apps.cli import cli
