@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -22,7 +22,7 @@ def chat(models: list[Path]) -> Any:
     return ChatEdgeLM(model=str(models[0]), max_tokens=8, **ENGINE)
 
 
-def now(zone: str) -> str:
+def now(zone: Literal["UTC", "CET"]) -> str:
     """Tell the time."""
     return f"noon in {zone}"
 
@@ -102,8 +102,8 @@ def test_structured_answers(chat: Any) -> None:
     class Animal(BaseModel):
         """An animal."""
 
-        name: str
-        legs: int
+        name: Literal["cat", "dog"]
+        legs: Literal[2, 4]
 
     wide = chat.model_copy(update={"max_tokens": 120})
     assert isinstance(wide.with_structured_output(Animal).invoke("the cat"), Animal)
