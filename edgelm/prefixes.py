@@ -50,7 +50,7 @@ def provide(
                 kept.note_use(path, file.name, len(prefix))
                 return Provided(0, "")
             problem = "a kept system prompt was another one and is made anew; "
-        except (ModelFileError, OSError) as error:
+        except (ConfigError, ModelFileError, OSError) as error:
             problem = f"a kept system prompt was of no use and is made anew: {error}; "
     began_s = time.perf_counter()
     computed = conversation.prefill(prefix, progress)

@@ -170,12 +170,19 @@ def _report(name: str, recheck: bool) -> BackendReport:
 
 
 def _memory() -> dict[str, Any]:
-    import psutil
-
     system = current_platform()
-    device, usable = psutil.virtual_memory().total, system.total_bytes()
+    device, usable = _device_bytes(), system.total_bytes()
     facts = {"total_bytes": device, "available_bytes": system.available_bytes()}
     return facts | {"container_limit_bytes": usable} if usable < device else facts
+
+
+def _device_bytes() -> int:
+    """Return the memory of the device, whatever limits this process has."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.virtual_memory().total
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _folder_bytes(folder: Path) -> int:

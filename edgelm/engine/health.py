@@ -148,7 +148,12 @@ def _try_here(name: str) -> tuple[Verdict, bool]:
     from edgelm.engine.trial import trial
 
     facts: dict[str, object] = {}
-    trial(name, lambda **more: facts.update(more))
+    try:
+        trial(name, lambda **more: facts.update(more))
+    except Exception as exc:  # a stranger's code
+        own = facts.get("identity")
+        reason = f"it failed in a trial run: {type(exc).__name__}: {exc}"
+        return Verdict(False, reason, str(facts.get("version", "")), True, None if own is None else str(own)), True
     return _verdict(facts), False
 
 

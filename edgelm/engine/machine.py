@@ -94,7 +94,7 @@ def _cpuinfo() -> dict[str, str]:
 def _brand() -> str:
     if sys.platform == "win32":
         return os.environ.get("PROCESSOR_IDENTIFIER", "")
-    if sys.platform == "darwin":
+    if sys.platform in ("darwin", "ios"):
         size = ctypes.c_size_t(256)
         text = ctypes.create_string_buffer(size.value)
         done = ctypes.CDLL(None).sysctlbyname(b"machdep.cpu.brand_string", text, ctypes.byref(size), None, 0)

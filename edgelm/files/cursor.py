@@ -206,7 +206,7 @@ class Cursor:
             if self._flags:
                 try:
                     return os.preadv(self._fd, [view], offset, self._flags)
-                except OSError:
+                except (OSError, NotImplementedError):
                     self._flags = 0  # this kernel or file system does not know the flag; plain reads follow
             if hasattr(os, "preadv"):
                 return os.preadv(self._fd, [view], offset)

@@ -38,12 +38,25 @@ def whole_or_nothing(target: Path, private: bool = False) -> Iterator[BinaryIO]:
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove what processes that are gone left half-written in a folder, of one file or of any."""
-    import psutil
-
     for path in folder.glob(f"{glob.escape(name) if name else '*'}.*{PARTIAL}"):
         pid = path.name.removesuffix(PARTIAL).rpartition(".")[2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+        if pid.isdigit() and not _runs(int(pid)):
             path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    """Say whether there is a process of this number."""
+    if os.name != "posix":  # where a signal of 0 would end it
+        import psutil
+
+        return psutil.pid_exists(pid)
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def free_bytes(folder: Path) -> int:

@@ -140,7 +140,7 @@ def _give_back(mapped: mmap.mmap, start: int, n_bytes: int) -> None:
         # unlocking pages that are not locked takes them out of the working set (documented by VirtualUnlock)
         base = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         ctypes.windll.kernel32.VirtualUnlock(ctypes.c_void_p(base + start), ctypes.c_size_t(n_bytes))
-    elif sys.platform == "darwin":
+    elif sys.platform in ("darwin", "ios"):
         mapped.madvise(_MACOS_MADV_FREE_REUSABLE, start, n_bytes)
     else:
         mapped.madvise(mmap.MADV_DONTNEED, start, n_bytes)

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from edgelm.errors import ConfigError
 from edgelm.files.errors import DamagedCache
 from edgelm.files.quantize import from_blocks, to_blocks
 from edgelm.files.writing import whole_or_nothing
@@ -49,8 +50,13 @@ class _Checked:
     """A file whose bytes are summed up as they pass."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        import xxhash
-
+        try:
+            import xxhash
+        except ImportError as error:
+            raise ConfigError(
+                f"keys and values cannot be saved or read here: their checksum needs the xxhash library ({error}); "
+                "run `pip install xxhash`, or have them computed again"
+            ) from error
         self.path, self._file, self.sum = path, file, xxhash.xxh3_64()
 
     def write(self, data: bytes | memoryview) -> None:

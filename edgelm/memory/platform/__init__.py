@@ -22,6 +22,10 @@ def current_platform() -> Platform:
         from edgelm.memory.platform.macos import MacOS
 
         return MacOS()
+    if sys.platform == "ios":
+        from edgelm.memory.platform.ios import IOS
+
+        return IOS()
     from edgelm.memory.platform.linux import Linux
 
     return Linux()

@@ -59,7 +59,10 @@ class Linux(PosixFiles):
         return handle
 
     def read(self, handle: int, view: memoryview, offset: int, *, uncached: bool = False) -> int:
-        return os.preadv(handle, [view], offset, RWF_DONTCACHE if uncached else 0)
+        try:
+            return os.preadv(handle, [view], offset, RWF_DONTCACHE if uncached else 0)
+        except NotImplementedError as error:  # a C library without preadv2: Android's before API level 33
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
 
     def cached_bytes(self, handle: int, offset: int, n_bytes: int) -> int:
         wanted, found = (ctypes.c_uint64 * 2)(offset, n_bytes), (ctypes.c_uint64 * 5)()
