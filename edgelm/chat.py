@@ -69,12 +69,16 @@ class Chat:
         """Yield the answer to `text` piece by piece; see `Model.stream`."""
         return self.answer([_said_by_user(text)], **options)
 
+    def astream(self, text: str, **options: Unpack[Options]) -> AsyncGenerator[Chunk, None]:
+        """Like `stream`, for asyncio; see `aanswer`."""
+        return self.aanswer([_said_by_user(text)], **options)
+
     def answer(self, messages: Sequence[Message], **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """Yield the answer to messages that are new, of whatever roles; see `stream`."""
         return self._answer(self._model.turns.ask(), list(messages), options)
 
     async def aanswer(self, messages: Sequence[Message], **options: Unpack[Options]) -> AsyncGenerator[Chunk, None]:
-        """Like `answer`, for asyncio; see `Model.astream`."""
+        """Like `answer`, for asyncio; see `Model.astream`. Other streams go on if this one is stopped."""
         from edgelm.aio import iterate
 
         turn = self._model.turns.ask()

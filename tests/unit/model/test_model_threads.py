@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from streams import PROMPT, eventually, in_thread, join, load, long, tokens
+from streams import PROMPT, eventually, in_thread, join, load, long, text, tokens
 
 import edgelm
 from edgelm import Chunk, Model
@@ -226,3 +226,46 @@ def test_cancelling_a_task_stops_its_stream_and_no_other(model: Model) -> None:
     assert first[-1].finish_reason == "length"
     assert not any(chunk.finish_reason == "length" for chunk in second)
     eventually(lambda: not any(thread.name == "edgelm-stream" for thread in threading.enumerate()))
+
+
+def test_a_chat_streams_for_asyncio_and_keeps_what_was_said(model: Model) -> None:
+    async def collect(chat: edgelm.Chat) -> list[Chunk]:
+        return [chunk async for chunk in chat.astream("the cat", max_tokens=6)]
+
+    chat, other = model.chat(), model.chat()
+    chunks = asyncio.run(collect(chat))
+    assert text(chunks) == other.send("the cat", max_tokens=6)
+    assert chat.messages == other.messages
+
+
+def test_cancelling_the_task_of_a_chat_leaves_other_chats_alone(model_file: Path) -> None:
+    """A chat whose answer was broken off keeps the text so far; one that had not begun is as before."""
+
+    async def scene(first: edgelm.Chat, second: edgelm.Chat, third: edgelm.Chat) -> Chunk:
+        begun = asyncio.Event()
+
+        async def collect(chat: edgelm.Chat, most: int) -> list[Chunk]:
+            seen = []
+            async for chunk in chat.astream("the cat", max_tokens=most):
+                seen.append(chunk)
+                begun.set()
+            return seen
+
+        running = asyncio.create_task(collect(first, 400))
+        await begun.wait()
+        queued = asyncio.create_task(collect(second, 400))
+        last = asyncio.create_task(collect(third, 6))
+        await asyncio.sleep(0)
+        for task in (running, queued):
+            task.cancel()
+        await asyncio.gather(running, queued, return_exceptions=True)
+        assert running.cancelled()
+        assert queued.cancelled()
+        return (await last)[-1]
+
+    with load(model_file, context=512) as model:
+        model.tokenizer.eos_ids = frozenset()  # type: ignore[misc]
+        chats = [model.chat() for _ in range(3)]
+        assert asyncio.run(scene(*chats)).finish_reason == "length"
+        assert [len(chat.messages) for chat in chats] == [2, 0, 2]
+        assert chats[0].messages[1]["content"]
