@@ -25,6 +25,7 @@ SOURCES = {
     "edgelm_npu": ROOT / "backends/edgelm_npu",
     "edgelm_models": ROOT / "models/edgelm_models",
     "edgelm_apps": ROOT / "apps/edgelm_apps",
+    "edgelm_examples": ROOT / "apps/edgelm_examples",
 }
 BASE = {
     "edgelm.cachedir", "edgelm.errors", "edgelm.hashing", "edgelm.sequences", "edgelm.simulated", "edgelm.sizes",
@@ -71,6 +72,7 @@ FOLDER_LINES = {  # raised only on purpose
     "backends/edgelm_npu": 1400,
     "models/edgelm_models": 2100,
     "apps/edgelm_apps": 7000,  # a server speaks three APIs, and there are plug-ins for two programs
+    "apps/edgelm_examples": 800,
 }
 
 
@@ -179,6 +181,12 @@ def test_apps_know_the_public_names_only() -> None:
         if name.partition(".")[0] == "edgelm_apps":
             allowed = APPS_MAY | {target for target in MODULES if target.startswith("edgelm_models")}
             assert not wrong(name, allowed, own="edgelm_apps"), name
+
+
+def test_examples_know_what_a_stranger_knows() -> None:
+    for name in MODULES:
+        if name.partition(".")[0] == "edgelm_examples":
+            assert imports(name) <= {"edgelm", "edgelm.errors"}, name
 
 
 def test_importing_edgelm_loads_the_standard_library_and_numpy_only() -> None:
