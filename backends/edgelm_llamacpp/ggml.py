@@ -191,7 +191,9 @@ def _folders() -> Iterator[Path]:
         return
     for package in ("llama_cpp", "llama_cpp_py_sync"):
         spec = find_spec(package)  # finds the folder without importing the package
-        for place in spec.submodule_search_locations or () if spec else ():
+        # a frozen application brings the libraries along, but not the package
+        elsewhere = [os.path.join(sys.prefix, package)] if getattr(sys, "frozen", False) else []
+        for place in (spec.submodule_search_locations if spec else None) or elsewhere:
             yield Path(place) / "lib"
             yield Path(place)
     yield from map(Path, ("/opt/homebrew/lib", "/usr/local/lib", "/usr/lib"))

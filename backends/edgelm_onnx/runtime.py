@@ -34,7 +34,8 @@ def folder() -> Path | None:
     """Return where the extension module of ONNX Runtime lies; imports nothing."""
     spec = importlib.util.find_spec("onnxruntime")
     if spec is None or not spec.submodule_search_locations:
-        return None
+        brought = Path(sys.prefix, "onnxruntime", "capi")  # frozen applications: the library without the package
+        return brought if getattr(sys, "frozen", False) and brought.is_dir() else None
     return Path(next(iter(spec.submodule_search_locations))) / "capi"
 
 
