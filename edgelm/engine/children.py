@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -38,9 +39,17 @@ class Outcome(NamedTuple):
     doubtful: bool = False
 
 
+_INTERPRETER = re.compile(r"(python|pypy|graalpy)[\d.]*[a-z]?(\.exe)?", re.IGNORECASE)
+"""File names of interpreters: python3.13t, pythonw.exe, pypy3."""
+
+
 def can_start() -> bool:
-    """Say whether there is an interpreter to start: a frozen application has none."""
-    return not getattr(sys, "frozen", False) and bool(sys.executable)
+    """Say whether there is an interpreter to start.
+
+    A frozen application has none; one that has Python inside (Briefcase's, uWSGI, Blender) is its own `sys.executable`,
+    which does not run code that it is given but starts all over again, and so would that one.
+    """
+    return not getattr(sys, "frozen", False) and bool(_INTERPRETER.fullmatch(os.path.basename(sys.executable or "")))
 
 
 def run_child(code: str, arguments: tuple[str, ...], timeout_s: float, what: str) -> Outcome:

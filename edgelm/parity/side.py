@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from edgelm.engine.children import can_start
 from edgelm.errors import ConfigError, EdgeLMError
 from edgelm.parity.measures import Floats
 
@@ -36,7 +37,7 @@ class Side:
     """A process that does what `edgelm.parity.child` can. Raises `SideFailed` if it does not."""
 
     def __init__(self, **spec: Any) -> None:
-        if getattr(sys, "frozen", False) or not sys.executable:
+        if not can_start():
             raise ConfigError("backends are compared in processes of their own: run this with a Python interpreter")
         folders = [os.path.abspath(folder) for folder in sys.path]
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed with the side

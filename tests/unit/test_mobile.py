@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from edgelm.engine.children import can_start
 from edgelm.engine.health import check
 from edgelm.files.cursor import Cursor
 from edgelm.files.writing import remove_leftovers
@@ -123,6 +124,28 @@ def test_without_a_child_a_backend_that_fails_is_a_sentence(
     found = check("made")
     assert (found.available, found.broken, found.version) == (False, True, "1.0")
     assert found.reason == "it failed in a trial run: RuntimeError: no such device"
+
+
+@pytest.mark.parametrize(
+    ("executable", "starts"),
+    [
+        ("/usr/bin/python3.13", True),
+        ("/venv/bin/python", True),
+        ("C:\\Python\\pythonw.exe" if os.name == "nt" else "/opt/pythonw.exe", True),
+        ("/usr/bin/python3.14t", True),
+        ("/opt/pypy3.11", True),
+        ("/Applications/edgelm demo.app/Contents/MacOS/edgelm demo", False),
+        ("/usr/bin/uwsgi", False),
+        ("/usr/bin/pythonista", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_an_application_with_python_inside_never_starts_itself_again(
+    monkeypatch: pytest.MonkeyPatch, executable: str | None, starts: bool
+) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    assert can_start() is starts
 
 
 # --- iOS by substitution
