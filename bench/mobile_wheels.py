@@ -61,6 +61,26 @@ def newest(name: str) -> str | None:
     return found[1] if found else None
 
 
+def cell(row: dict[str, Any], system: str) -> str:
+    """Say in a word or two what there is for a system."""
+    found = set(row[system].values())
+    if None in found:
+        return "no"
+    version = {name.split("-")[1] for name in found}
+    if version != {row["newest_here"]}:
+        return f"no (only {', '.join(sorted(version))})"
+    return "pure Python" if all(name.endswith("-none-any.whl") for name in found) else "yes"
+
+
+def table(facts: dict[str, Any]) -> str:
+    """Return the table of the documentation."""
+    lines = [f"| package | newest version | {' | '.join(facts['platforms'])} |", "|---|---|" + "---|" * len(PLATFORMS)]
+    for row in facts["packages"]:
+        cells = " | ".join(cell(row, system) for system in facts["platforms"])
+        lines.append(f"| {row['name']} | {row['newest_here']} | {cells} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     rows: list[dict[str, Any]] = []
     for name in requirements():
@@ -71,6 +91,7 @@ def main() -> int:
         print(f"{name:20} " + "  ".join(str(row[system][PYTHONS[-1]]) for system in PLATFORMS), flush=True)
     facts = {"date": date.today().isoformat(), "platforms": PLATFORMS, "pythons": PYTHONS, "packages": rows}
     RESULT.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(table(facts))
     return 0
 
 

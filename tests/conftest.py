@@ -37,11 +37,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests of the server last: what its clients import takes 100 MB, which would count in others' budgets.
-
-    So do the programs that edgelm is plugged into.
-    """
-    items.sort(key=lambda item: bool({"server", "connectors"} & set(item.path.parts)))
+    """Run the tests of applications last: what they import takes 100 MB, which would count in others' budgets."""
+    items.sort(key=lambda item: not {"server", "connectors", "examples"}.isdisjoint(item.path.parts))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Questions answered at the same time in one event loop, beside whatever else runs there:
 `python apps/edgelm_examples/asyncio_app.py model.gguf "What is rain?" "What is snow?" --timeout 20`.
 
-One model computes one answer at a time, in the order of asking; the loop is never blocked. Cancelling the task of an
+One model computes one answer at a time, the others wait; the loop is never blocked. Cancelling the task of an
 answer (here: a timeout, or Ctrl-C) stops that answer alone.
 """
 

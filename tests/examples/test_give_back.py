@@ -97,6 +97,7 @@ def gives_back_and_takes_again(talk: Talk, least_mb: float) -> None:
     assert resident_mb(talk.pid) > full_mb - 10
 
 
+@pytest.mark.slow
 def test_a_signal_makes_the_process_smaller_and_another_larger_again(
     tmp_path: Path, example: Callable[..., subprocess.Popen[str]]
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_real_model_gives_back_most_of_its_weights(
         gives_back_and_takes_again(talk, least_mb=30)
 
 
+@pytest.mark.slow
 def test_edgelms_own_watch_is_the_other_way(tiny: Path, example: Callable[..., subprocess.Popen[str]]) -> None:
     with talking(example("give_back", tiny, "--memory", "300MB", "--max-tokens", 4, "--adaptive")) as talk:
         assert talk.ask("the cat")

@@ -131,7 +131,6 @@ def test_mistakes_are_sentences(texts: Path, tiny: Path, example: Example) -> No
     for arguments, code, fact in (
         ((tiny, texts / "nowhere"), 2, "nowhere"),
         ((tiny, texts, "--max-tokens", "600"), 2, "half of --context"),
-        ((tiny, texts, "--memory", "1MB"), 6, "is too small"),
         ((texts / "no.gguf", texts), 3, "no.gguf"),
     ):
         child = example("summarise", *arguments)
