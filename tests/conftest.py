@@ -12,22 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from real_models import REAL_MODELS
 
 from edgelm.sizes import parse_size
 from edgelm_apps import limited
-from edgelm_models.cache import find
-from edgelm_models.catalogue import CATALOGUE
-
-
-def _real_models() -> dict[str, Path]:
-    """Return the catalogue's models that this machine has, looked for before any test changes the environment."""
-    folder = os.environ.get("EDGELM_TEST_MODELS")
-    found = {name: Path(folder, entry.file_name).absolute() for name, entry in CATALOGUE.items()} if folder else {}
-    pulled = {name: model.path for name in CATALOGUE if (model := find(name)) is not None}
-    return pulled | {name: path for name, path in found.items() if path.is_file()}
-
-
-REAL_MODELS = _real_models()
 
 
 def pytest_configure() -> None:
@@ -38,7 +26,7 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the tests of applications last: what they import takes 100 MB, which would count in others' budgets."""
-    items.sort(key=lambda item: not {"server", "connectors", "examples"}.isdisjoint(item.path.parts))
+    items.sort(key=lambda item: item.path.parent.name in ("server", "connectors", "examples", "docs"))
 
 
 @pytest.fixture(autouse=True)

@@ -7,56 +7,30 @@ import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import pytest
+from fences import BLOCKS, PAGES, PYTHON, SHELL, STEPS, Block, Step
 
 from edgelm.testing.backend_contract import BackendContract
 from edgelm_apps.cli import cli
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-SHELL, PYTHON = {"sh", "bash", "console"}, {"python"}
 OPERATORS = {"|", "||", "&&", ";", ">", ">>", "<", "2>"}
 
 
-class Block(NamedTuple):
-    page: str
-    line: int
-    language: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page}:{self.line}"
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-    text = page.read_text(encoding="utf-8")
-    for match in fence.finditer(text):
-        yield Block(page.name, text.count("\n", 0, match.start()) + 1, match[1], match[2])
-
-
-BLOCKS = [block for page in PAGES for block in blocks(page)]
-
-
-def commands(block: Block) -> Iterator[list[str]]:
-    """Yield the words of every `edgelm` command; of a console, what follows the prompt."""
-    for line in block.text.replace("\\\n", " ").splitlines():
-        if block.language == "console" and not line.startswith("$ "):
+def edgelm_commands(step: Step) -> Iterator[list[str]]:
+    """Yield the words of every `edgelm` command in a line of a shell."""
+    command: list[str] = []
+    for word in [*shlex.split(step.text.replace("\\\n", " "), comments=True), ";"]:
+        if word not in OPERATORS:
+            command.append(word)
             continue
-        command: list[str] = []
-        for word in [*shlex.split(line.removeprefix("$ "), comments=True), ";"]:
-            if word not in OPERATORS:
-                command.append(word)
-                continue
-            if command[:1] == ["edgelm"]:
-                yield command
-            command = []
+        if command[:1] == ["edgelm"]:
+            yield command
+        command = []
 
 
-COMMANDS = [(block, command) for block in BLOCKS if block.language in SHELL for command in commands(block)]
+COMMANDS = [(step, command) for step in STEPS if step.block.language in SHELL for command in edgelm_commands(step)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
