@@ -157,22 +157,27 @@ def load(
     device is short of it, and takes it again up to the budget; a function hears a sentence for each change, from
     another thread. `progress(done, total)` hears of loading, `notice` a sentence on work that is done once: some
     backends prepare a model before its first start, which is kept in the cache folder.
+
     Tokens are guessed and verified several at a time where that is faster, with the same result; `speculate=False`
     computes one after the other. `draft` is a smaller model of the same vocabulary that does the guessing, resident
     within the same budget: a file, or "auto" for the low-bit copy that `draft_copy` made of the model.
     `keep_guesses` keeps what is learned for guesses in the cache folder when the model is closed, up to 0.3 MB for a
     model: the first answers of the next process are guessed better where weights are streamed.
+
     `kv` is the type of keys and values in the cache: "f16", "q8_0" (half the memory, next to no loss), "q4_0", two of
     them for keys and values ("q8_0:q4_0"), or "auto" for as many bits as leave all weights in memory, 8 for keys at
     the least.
     Where a `context` that was asked for fits in no other way, the oldest keys and values go to flash, in the cache
     folder, and are read back for every token: the answer is the same; `spill=False` raises `BudgetTooSmall` instead.
+
     `parallel` is the number of answers to one prompt that `Model.samples` is to have room for, however little memory
     there is. The context holds all of them: the prompt once, and the tokens of each.
+
     `attention` other than "exact" makes answers to prompts approximate that are longer than the share `kept` of the
     context (0.25 unless given); the cache is planned for these and 256 tokens of an answer. "important": a prompt is
     read exactly, with what has no room on flash, then each layer keeps the tokens that its end attends to. "filtered":
     the first blocks read it alone, and the rest of the model sees only the tokens that these attend to.
+
     `simulate` names one of `devices()`: reading weights is slowed down to that device's flash, and its budget and
     threads stand in for those not given; the processor stays this machine's own.
 
