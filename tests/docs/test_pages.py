@@ -62,7 +62,7 @@ def test_it_runs(step: Step, sandbox: Sandbox) -> None:
 
 def test_every_block_says_what_it_is() -> None:
     """A block without a language would be passed over."""
-    known = {*SHELL, *PYTHON, "text", "toml", "json", "html", "ini", "systemd"}
+    known = {*SHELL, *PYTHON, "text", "toml", "json", "yaml", "html", "ini", "systemd"}
     assert not [str(block) for block in BLOCKS if block.language not in known]
 
 
