@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -40,9 +41,11 @@ def chat(model: str | None, system: str | None, quiet: bool, offline: bool, adap
 
     Ctrl-C stops an answer; Ctrl-D or /exit leaves; /help lists the commands.
     """
+    from edgelm_apps.conversation import Conversation
     from edgelm_apps.engine import find_draft, find_model, open_model, start_lines
+    from edgelm_apps.history import History, history_file
     from edgelm_apps.output import Asides, note
-    from edgelm_apps.repl import Conversation, lines_from_stdin, talk
+    from edgelm_apps.repl import Lines, talk
     from edgelm_models.catalogue import DEFAULT_MODEL
 
     keep = given.pop("keep_system")
@@ -58,5 +61,11 @@ def chat(model: str | None, system: str | None, quiet: bool, offline: bool, adap
                 note(line)
             if loaded.template.notice:
                 note(loaded.template.notice)
-        with lines_from_stdin(greet=not quiet) as source:
+        interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        if interactive and not quiet:
+            note("type a message; /help lists the commands, /exit leaves")
+        source = Lines(History(history_file()) if interactive else None)
+        try:
             return talk(Conversation(loaded, system, overflow, sampling_values(given), asides, keep), source)
+        finally:
+            source.close()

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -43,11 +43,16 @@ class Asides:
     def add(self, text: str) -> None:
         self._waiting.append(text)
 
-    def show(self) -> None:
+    def take(self) -> Iterator[str]:
+        """Yield what has arrived, once."""
         while self._waiting:
             text = self._waiting.popleft()
             if not self._quiet:
-                print_dim(text)
+                yield text
+
+    def show(self) -> None:
+        for text in self.take():
+            print_dim(text)
 
 
 def use_colour() -> bool:

@@ -98,6 +98,8 @@ class FakeModel:
 
     def stream(self, prompt: str, **options: Any) -> Iterator[FakeChunk]:
         self.asked.append((prompt, options))
+        if "noise" in prompt:
+            os.write(2, b"a library complains\n")
         if "overflow" in prompt:
             raise ContextOverflow(999, self.plan.context)
         self.cancelled = False
@@ -129,9 +131,11 @@ class FakeChat:
     system: str | None
     overflow: str
     turns: int = 0
+    messages: list[dict[str, str]] = field(default_factory=list)
 
     def clear(self) -> None:
         self.turns = 0
+        self.messages.clear()
 
     def render(self, text: str) -> str:
         return f"<{self.system}|{text}>"
@@ -139,7 +143,11 @@ class FakeChat:
     def stream(self, text: str, **options: Any) -> Iterator[FakeChunk]:
         self.turns += 1
         self.model.overflow = self.overflow
-        yield from self.model.stream(f"{self.system or 'none'}#{self.turns} {text}", **options)
+        said = ""
+        for chunk in self.model.stream(f"{self.system or 'none'}#{self.turns} {text}", **options):
+            said += chunk.text
+            yield chunk
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
 
     def samples(self, text: str, n: int, **options: Any) -> list[edgelm.Sample]:
         self.model.overflow = self.overflow
