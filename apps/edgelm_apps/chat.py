@@ -1,8 +1,10 @@
-"""`edgelm chat`: loads the model and hands over to the conversation loop."""
+"""`edgelm chat`: loads the model and hands over to the conversation, on the full screen or in lines."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,12 +23,18 @@ from edgelm_apps.options import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgelm import Model
     from edgelm.chat import Overflow
+    from edgelm_apps.conversation import Conversation
+    from edgelm_apps.terminal.code import Colours
 
 
 @click.command()
 @model_argument(required=False)
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+@click.option("--plain", is_flag=True, help="Talk in lines, without the full screen: as on a pipe or a dumb terminal.")
 @quiet_option
 @offline_option
 @engine_options
@@ -34,18 +42,19 @@ if TYPE_CHECKING:
 @keeping_options
 @adaptive_option
 @sampling_options
-def chat(model: str | None, system: str | None, quiet: bool, offline: bool, adaptive: bool, **given: Any) -> int:
+def chat(
+    model: str | None, system: str | None, plain: bool, quiet: bool, offline: bool, adaptive: bool, **given: Any
+) -> int:
     """Talk with a model.
 
     MODEL is a path or a name; without it, smollm2-135m-instruct.
 
     Ctrl-C stops an answer; Ctrl-D or /exit leaves; /help lists the commands.
     """
+    from edgelm_apps import terminal
     from edgelm_apps.conversation import Conversation
-    from edgelm_apps.engine import find_draft, find_model, open_model, start_lines
-    from edgelm_apps.history import History, history_file
-    from edgelm_apps.output import Asides, note
-    from edgelm_apps.repl import Lines, talk
+    from edgelm_apps.engine import find_draft, find_model, start_lines
+    from edgelm_apps.output import Asides
     from edgelm_models.catalogue import DEFAULT_MODEL
 
     keep = given.pop("keep_system")
@@ -55,17 +64,56 @@ def chat(model: str | None, system: str | None, quiet: bool, offline: bool, adap
     find_draft(engine, offline=offline, quiet=quiet)
     if adaptive:
         engine["adaptive"] = asides.add
-    with open_model(path, engine, quiet=quiet) as loaded:
-        if not quiet:
-            for line in start_lines(loaded):
-                note(line)
-            if loaded.template.notice:
-                note(loaded.template.notice)
-        interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        if interactive and not quiet:
-            note("type a message; /help lists the commands, /exit leaves")
-        source = Lines(History(history_file()) if interactive else None)
-        try:
-            return talk(Conversation(loaded, system, overflow, sampling_values(given), asides, keep), source)
-        finally:
-            source.close()
+    colours = terminal.prepare() if terminal.serves() and not plain else None
+    with _opened(path, engine, quiet=quiet, full=colours is not None) as loaded:
+        conversation = Conversation(loaded, system, overflow, sampling_values(given), asides, keep)
+        told = [] if quiet else [*start_lines(loaded), *filter(None, [loaded.template.notice])]
+        if colours is not None:
+            return _on_screen(conversation, path, colours, told)
+        return _in_lines(conversation, told, greet=not quiet)
+
+
+@contextmanager
+def _opened(path: Path, engine: dict[str, Any], *, quiet: bool, full: bool) -> Iterator[Model]:
+    """Load the model; where the budget has no room for it beside the full screen, say that too."""
+    from edgelm.errors import BudgetTooSmall
+    from edgelm_apps.engine import open_model
+    from edgelm_apps.output import note
+
+    try:
+        loaded = open_model(path, engine, quiet=quiet)
+    except BudgetTooSmall:
+        if full and not quiet:
+            note("the full screen takes part of the budget; --plain needs less")
+        raise
+    with loaded:
+        yield loaded
+
+
+def _on_screen(conversation: Conversation, path: Path, colours: Colours, told: list[str]) -> int:
+    from edgelm_apps.history import History, history_file
+    from edgelm_apps.terminal.talk import Talk
+
+    talk = Talk(conversation, path.stem, colours, History(history_file()))
+    for line in told:
+        talk.note(line)
+    if told:
+        talk.note("type a message; /help lists commands and keys, Ctrl-D leaves")
+    return talk.run()
+
+
+def _in_lines(conversation: Conversation, told: list[str], *, greet: bool) -> int:
+    from edgelm_apps.history import History, history_file
+    from edgelm_apps.output import note
+    from edgelm_apps.repl import Lines, talk
+
+    for line in told:
+        note(line)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive and greet:
+        note("type a message; /help lists the commands, /exit leaves")
+    source = Lines(History(history_file()) if interactive else None)
+    try:
+        return talk(conversation, source)
+    finally:
+        source.close()
