@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,7 +132,8 @@ class Percentage:
     """A percentage on one line of a terminal. Not tqdm: its 9 MB would stay and count against the budget."""
 
     def __init__(self, label: str, quiet: bool) -> None:
-        self._label = label
+        room = shutil.get_terminal_size().columns - len(": 100 %") - 1
+        self._label = label if len(label) <= room else label[: max(room - 1, 0)] + "…"
         self._shown = -1
         self._shows = not quiet and sys.stderr.isatty()
 

@@ -45,7 +45,7 @@ def bindings(buffer: Buffer, keyed: Keyed) -> KeyBindings:
             buffer.insert_text("\n")
         elif text.strip():
             buffer.reset(append_to_history=True)
-            keyed.send(text)
+            keyed.send(text.rstrip("\n"))  # what is pasted often ends with one
 
     @keys.add("escape", "enter", filter=writing)
     @keys.add("c-j", filter=writing)
