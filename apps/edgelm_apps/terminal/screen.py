@@ -1,7 +1,7 @@
 """The screen: the conversation, the status line below it, and the lines where a message is written.
 
 Draws with prompt_toolkit, in the thread that calls `run`; an answer comes from another. Pieces of answers draw nothing:
-while the model is busy a clock does, and so seldom that drawing takes a tenth of one core at the most.
+while the model is busy a clock does, and so seldom that drawing takes a twentieth of one core at the most.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from edgelm_apps.terminal.status import Segment, Status, status_text
 from edgelm_apps.terminal.style import STYLES
 from edgelm_apps.terminal.view import View
 
-FRAME_S, IDLE_S = 0.06, 2.0
+FRAME_S, IDLE_S = 0.08, 2.0
 """Least time between two frames while an answer comes, and between two looks at memory and temperature otherwise."""
-SHARE = 0.1
+SHARE = 0.05
 """Of one core, what drawing may take while an answer comes."""
 WHEEL_LINES = 3
 KEEP_WHEEL, RETURN_WHEEL = "\x1b[?1007l", "\x1b[?1007h"
@@ -191,17 +191,17 @@ class Screen:
             output=output,
         )
         application.ttimeoutlen = 0.05  # a lone Escape is soon known as one
-        began = time.perf_counter()
+        began = time.thread_time()
 
         def before(_: object) -> None:
             nonlocal began
-            began = time.perf_counter()
+            began = time.thread_time()
 
         def after(_: object) -> None:
             # A frame of prompt_toolkit is a cycle of up to 2 MB. Left to the collector's own rhythm, 16 of them
             # were there at a time: 18 MB of the budget in a terminal of 200x60, instead of 3.
             gc.collect()
-            self._cost_s = time.perf_counter() - began
+            self._cost_s = time.thread_time() - began
 
         application.before_render += before
         application.after_render += after
