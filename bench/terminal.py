@@ -1,7 +1,7 @@
 """`edgelm chat` on the full screen against its line mode: tokens a second, and the peak of the process.
 
-Both behind a pseudo-terminal of 80x24, the same prompts, greedy, in turn; speeds are what `/stats on` says. The chat has
-one core for everything, the emulator of the terminal another: nothing that is drawn is drawn beside the computing.
+Both behind a pseudo-terminal of 80x24, the same prompts, greedy, in turn; speeds are what `/stats on` says. Once with
+one core for the whole chat, so that what is drawn is not drawn beside the computing, and once with all cores.
 """
 
 from __future__ import annotations
@@ -35,14 +35,13 @@ CORES = sorted(os.sched_getaffinity(0))
 class Behind:
     """A chat behind a pseudo-terminal; `screen` is what a person would see."""
 
-    def __init__(self, argv: list[str]) -> None:
+    def __init__(self, argv: list[str], cores: list[int]) -> None:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
         self.child = subprocess.Popen(
             argv, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env={**os.environ, "TERM": "xterm"},
-            preexec_fn=partial(os.sched_setaffinity, 0, CORES[-1:]),
+            preexec_fn=partial(os.sched_setaffinity, 0, cores),
         )  # fmt: skip
-        os.sched_setaffinity(0, CORES[:1])
         os.close(slave)
         self._screen = pyte.Screen(COLUMNS, ROWS)
         self._stream = pyte.ByteStream(self._screen)
@@ -75,9 +74,9 @@ class Behind:
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def speeds(argv: list[str]) -> tuple[list[float], int]:
+def speeds(argv: list[str], cores: list[int]) -> tuple[list[float], int]:
     """Return the tokens a second of an answer to each prompt, and the peak of the process."""
-    chat = Behind(argv)
+    chat = Behind(argv, cores)
     chat.wait_for("/exit leaves|Ctrl-D leaves")
     chat.type("/stats on")
     chat.wait_for("a line of statistics")
@@ -102,24 +101,26 @@ def main() -> None:
     parser.add_argument("--memory", nargs="+", default=["110MB", "200MB"])
     parser.add_argument("--backend", default="llamacpp")
     args = parser.parse_args()
+    os.sched_setaffinity(0, CORES[:1])  # the emulator's own work is the terminal's, not the chat's
     shared = {"threads": args.threads, "backend": args.backend, "context": 1024, "rounds": args.rounds}
     report = common.Report("terminal", {**shared, "size": f"{COLUMNS}x{ROWS}"})
     for name in args.models:
         model = common.find_model(name)
-        for memory in args.memory:
+        for memory, cores in ((memory, cores) for memory in args.memory for cores in (CORES[-1:], CORES)):
             argv = [sys.executable, "-c", common.COMMAND, "chat", str(model), "--memory", memory, "--context", "1024"]
             argv += ["--threads", str(args.threads), "--backend", args.backend, "--max-tokens", "160"]
             found: dict[str, list[float]] = {"lines": [], "screen": []}
             peaks = dict.fromkeys(found, 0)
             for _ in range(args.rounds):
                 for mode in found:
-                    tps, peak_bytes = speeds(argv + ["--plain"] * (mode == "lines"))
+                    tps, peak_bytes = speeds(argv + ["--plain"] * (mode == "lines"), cores)
                     found[mode] += tps
                     peaks[mode] = max(peaks[mode], peak_bytes)
             lines, screen = (common.middle(found[mode]) for mode in found)
             report.add(
-                "decode", model=name, memory=memory, lines_tps=lines, screen_tps=screen, ratio=screen / lines,
-                lines_peak_mb=common.mb(peaks["lines"]), screen_peak_mb=common.mb(peaks["screen"]), every=[found],
+                "decode", model=name, memory=memory, cores=len(cores), lines_tps=lines, screen_tps=screen,
+                ratio=screen / lines, lines_peak_mb=common.mb(peaks["lines"]), screen_peak_mb=common.mb(peaks["screen"]),
+                every=[found],
             )  # fmt: skip
     report.finish()
 

@@ -46,7 +46,7 @@ from edgelm_apps.terminal.status import Segment, Status, status_text
 from edgelm_apps.terminal.style import STYLES
 from edgelm_apps.terminal.view import View
 
-FRAME_S, IDLE_S = 0.08, 2.0
+FRAME_S, IDLE_S = 0.1, 2.0
 """Least time between two frames while an answer comes, and between two looks at memory and temperature otherwise."""
 SHARE = 0.05
 """Of one core, what drawing may take while an answer comes."""
