@@ -1,7 +1,7 @@
 """`edgelm chat` on the full screen against its line mode: tokens a second, and the peak of the process.
 
-Both behind a pseudo-terminal of 80x24, the same prompts, greedy, in turn; speeds are what `/stats on` says. Once with
-one core for the whole chat, so that what is drawn is not drawn beside the computing, and once with all cores.
+Both behind a pseudo-terminal of 80x24, the same prompts, greedy, in turn; speeds are what `/stats on` says. Once
+with one core for the whole chat, so that nothing is drawn beside the computing, and once with all cores.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def main() -> None:
             lines, screen = (common.middle(found[mode]) for mode in found)
             report.add(
                 "decode", model=name, memory=memory, cores=len(cores), lines_tps=lines, screen_tps=screen,
-                ratio=screen / lines, lines_peak_mb=common.mb(peaks["lines"]), screen_peak_mb=common.mb(peaks["screen"]),
-                every=[found],
+                ratio=screen / lines, lines_peak_mb=common.mb(peaks["lines"]),
+                screen_peak_mb=common.mb(peaks["screen"]), every=[found],
             )  # fmt: skip
     report.finish()
 

@@ -100,6 +100,8 @@ class FakeModel:
         self.asked.append((prompt, options))
         if "noise" in prompt:
             os.write(2, b"a library complains\n")
+        if "defect" in prompt:
+            raise RuntimeError("this should not have happened")
         if "overflow" in prompt:
             raise ContextOverflow(999, self.plan.context)
         self.cancelled = False

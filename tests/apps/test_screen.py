@@ -202,6 +202,14 @@ def test_the_last_answer_is_tried_again(opened: Open) -> None:
     chat.look("/retry takes a temperature")
 
 
+def test_a_defect_gives_the_terminal_back_before_its_traceback(opened: Open) -> None:
+    chat = opened()
+    chat.type("defect\r")
+    assert chat.end() == 1
+    assert chat.attributes() == chat.before
+    assert "RuntimeError: this should not have happened" in chat.raw.rpartition(BACK)[2]
+
+
 def test_a_signal_leaves_the_terminal_as_it_was(opened: Open) -> None:
     chat = opened(delay_s=0.05)
     chat.type("w " * 100 + "\r")

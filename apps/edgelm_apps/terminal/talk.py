@@ -7,10 +7,11 @@ need not wait for an answer have a thread of their own.
 from __future__ import annotations
 
 import queue
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from edgelm.errors import EdgeLMError
@@ -63,6 +64,7 @@ class Talk:
         self._n_open = 0  # messages and commands that were typed and are not done
         self._counting = threading.Lock()
         self._stopping = self._warned = False
+        self._broken: Exception | None = None  # a defect, for the thread that draws to raise once the terminal is back
         colours.room = self._has_room
 
     def run(self) -> int:
@@ -76,7 +78,10 @@ class Talk:
                 self._stop()
                 self._typed.put(None)
                 worker.join(LEAVING_S)
-        print_lines(self._view.every_line(_columns()), sys.stdout)
+        with suppress(OSError):  # a terminal that was closed scrolls no more
+            print_lines(self._view.every_line(_columns()), sys.stdout)
+        if self._broken is not None:
+            raise self._broken
         return 0
 
     # what a conversation says
@@ -149,12 +154,12 @@ class Talk:
 
     def _work(self) -> None:
         while (text := self._typed.get()) is not None:
+            self._stopping = False
             self._add(Plain(text, "class:user", "> ", apart=True))
             self._observer.begins("working" if text.lstrip().startswith("/") else "reading")
             self._guarded(lambda text=text: respond(self._conversation, text, self))  # type: ignore[misc]
             self._observer.begins("waiting")
             self._count(-1)
-            self._stopping = False
             self._screen.refresh()
 
     def _obey(self, command: Command, rest: str) -> None:
@@ -175,6 +180,9 @@ class Talk:
                 self._screen.leave()
         except EdgeLMError as error:
             self.fail(error)
+        except Exception as error:
+            self._broken = error
+            self._screen.leave()
 
     def _stop(self) -> None:
         """Stop what runs, and give up what waits."""
@@ -205,6 +213,4 @@ class Talk:
 
 
 def _columns() -> int:
-    import shutil
-
     return shutil.get_terminal_size().columns
