@@ -41,13 +41,10 @@ from edgelm.memory.platform.allocator import trim, tune_allocator
 from edgelm.memory.stores import Store, ThrottledStore, open_store
 from edgelm.memory.verified import verified
 from edgelm.replanning import Replanning, flash_pattern, may_stream
-from edgelm.resources import budget_of, device_of, threads_of
+from edgelm.resources import budget_of, device_of, published_rates, threads_of
 from edgelm.simulated import Device
 from edgelm.sizes import MB, human
 from edgelm.text.tokenizer import Tokenizer, load_tokenizer
-
-if TYPE_CHECKING:
-    pass
 
 if TYPE_CHECKING:
     from edgelm.drafting import Draft
@@ -190,12 +187,18 @@ def plan(
     parallel: int = 1,
     attention: str = "exact",
     kept: float | None = None,
+    published: bool = False,
 ) -> Plan:
-    """Return the plan that `load` would carry out, without reading weights. Raises what `load` raises."""
+    """Return the plan that `load` would carry out, without reading weights. Raises what `load` raises.
+
+    With `published` the processor of the device that `simulate` names is not this machine's, measured, but goes by
+    what others published of it, with llama.cpp. Raises `ConfigError` for a device of which nothing is known.
+    """
     drafted_by = None if draft is None else os.fspath(draft)
     wishes = Wishes(
-        memory, backend, threads, context, simulate, 1, speculate, drafted_by, kv, spill, parallel, attention, kept
-    )
+        memory, backend, threads, context, simulate, 1, speculate, drafted_by, kv, spill, parallel, attention, kept,
+        published,
+    )  # fmt: skip
     if is_genai_folder(path):
         from edgelm.opening_graph import graph_plan
 
@@ -217,7 +220,7 @@ def get_ready(
     process, which takes so much.
     """
     kept_share(wishes)  # what cannot work is said before anything is done
-    device = device_of(wishes.simulate, wishes.threads)
+    device = device_of(wishes.simulate, wishes.threads, wishes.published)
     n_threads = threads_of(wishes.threads, device)
     tune_allocator()
     source = open_path(path)
@@ -342,7 +345,11 @@ def _open_part(
         )
         flash_bytes_per_s = pattern.bytes_per_s if pattern else 0.0
         reads = (store, readable) if pattern else None
-        rates = measured_rates(chosen, session, file, n_threads, flash_bytes_per_s, limit_bytes=room, reads=reads)
+        rates = (
+            published_rates(device.processor, flash_bytes_per_s)
+            if device and device.processor
+            else measured_rates(chosen, session, file, n_threads, flash_bytes_per_s, limit_bytes=room, reads=reads)
+        )
     except BaseException:
         session.close()
         if store is not None:

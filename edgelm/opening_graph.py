@@ -139,7 +139,7 @@ def graph_candidates(path: Path, wishes: Wishes) -> tuple[Candidate, ...]:
             found.append(Candidate(name, None, False, NOT_GRAPHS))
             continue
         tried = check(name)
-        if not tried.available:
+        if not (tried.available or tried.graphs):
             found.append(Candidate(name, tried.version or None, False, tried.reason))
             continue
         chosen = not any(candidate.chosen for candidate in found)

@@ -247,7 +247,9 @@ def _warnings(facts: Mapping[str, Any], reports: tuple[BackendReport, ...]) -> l
     if "llamacpp" not in works:
         found.append(f"llamacpp, the fastest backend, does not work here; {HINTS['llamacpp']}")
         if not compilers:
-            found.append("no C++ compiler was found: llamacpp cannot be installed before there is one")
+            found.append(
+                "no C++ compiler was found: llamacpp cannot be compiled before there is one; edgelm[ggml] needs none"
+            )
     cores = facts["cores"]["usable"]
     if sys.platform != "win32" and os.getloadavg()[0] > cores:
         load = os.getloadavg()[0]

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from edgelm.errors import ConfigError
 from edgelm.memory.platform import current_platform
-from edgelm.simulated import Device, get_device
+from edgelm.memory.predict import Rates
+from edgelm.simulated import Device, Processor, devices, get_device
 from edgelm.sizes import human, parse_size
 
 SPARE_SHARE = 0.8
 """Share of the available memory that a model without a stated budget may take: the rest is the device's margin."""
 
 
-def device_of(simulate: str | None, threads: int | None) -> Device | None:
+def device_of(simulate: str | None, threads: int | None, published: bool = False) -> Device | None:
+    """Return the device that is simulated, if any; it has a processor only if that is to be the `published` one."""
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, got {threads}")
-    return get_device(simulate) if simulate is not None else None
+    if simulate is None:
+        if published:
+            raise ConfigError("published figures are those of a device; name it with simulate")
+        return None
+    device = get_device(simulate)
+    if published and device.processor is None:
+        known = ", ".join(name for name, one in devices().items() if one.processor)
+        raise ConfigError(f"nothing is known of the processor of {simulate} (known: {known})")
+    return device if published else device._replace(processor=None)
+
+
+def published_rates(processor: Processor, flash_bytes_per_s: float) -> Rates:
+    """Return what a device does by figures of others. What a pass takes beside its weights is within them."""
+    return Rates(
+        flash_bytes_per_s, processor.compute_bytes_per_s, wide_bytes_per_s=processor.wide_bytes_per_s, published=True
+    )
 
 
 def threads_of(threads: int | None, device: Device | None) -> int:

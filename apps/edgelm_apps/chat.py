@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edgelm.chat import Overflow
     from edgelm_apps.conversation import Conversation
     from edgelm_apps.terminal.code import Colours
+    from edgelm_apps.terminal.status import Segment
 
 
 @click.command()
@@ -65,16 +66,16 @@ def chat(
     if adaptive:
         engine["adaptive"] = asides.add
     colours = terminal.prepare() if terminal.serves() and not plain else None
-    with _opened(path, engine, quiet=quiet, full=colours is not None) as loaded:
+    with opened(path, engine, quiet=quiet, full=colours is not None) as loaded:
         conversation = Conversation(loaded, system, overflow, sampling_values(given), asides, keep)
         told = [] if quiet else [*start_lines(loaded), *filter(None, [loaded.template.notice])]
         if colours is not None:
-            return _on_screen(conversation, path, colours, told)
-        return _in_lines(conversation, told, greet=not quiet)
+            return on_screen(conversation, path, colours, told)
+        return in_lines(conversation, told, greet=not quiet)
 
 
 @contextmanager
-def _opened(path: Path, engine: dict[str, Any], *, quiet: bool, full: bool) -> Iterator[Model]:
+def opened(path: Path, engine: dict[str, Any], *, quiet: bool, full: bool) -> Iterator[Model]:
     """Load the model; where the budget has no room for it beside the full screen, say that too."""
     from edgelm.errors import BudgetTooSmall
     from edgelm_apps.engine import open_model
@@ -90,11 +91,19 @@ def _opened(path: Path, engine: dict[str, Any], *, quiet: bool, full: bool) -> I
         yield loaded
 
 
-def _on_screen(conversation: Conversation, path: Path, colours: Colours, told: list[str]) -> int:
+def on_screen(
+    conversation: Conversation,
+    path: Path,
+    colours: Colours,
+    told: list[str],
+    segments: Sequence[Segment] | None = None,
+) -> int:
+    """Talk on the full screen; `told` is said before, `segments` are those of the status line if not the usual ones."""
     from edgelm_apps.history import History, history_file
+    from edgelm_apps.terminal.status import SEGMENTS
     from edgelm_apps.terminal.talk import Talk
 
-    talk = Talk(conversation, path.stem, colours, History(history_file()))
+    talk = Talk(conversation, path.stem, colours, History(history_file()), segments or SEGMENTS)
     for line in told:
         talk.note(line)
     if told:
@@ -102,7 +111,8 @@ def _on_screen(conversation: Conversation, path: Path, colours: Colours, told: l
     return talk.run()
 
 
-def _in_lines(conversation: Conversation, told: list[str], *, greet: bool) -> int:
+def in_lines(conversation: Conversation, told: list[str], *, greet: bool) -> int:
+    """Talk in lines; `told` is said before."""
     from edgelm_apps.history import History, history_file
     from edgelm_apps.output import note
     from edgelm_apps.repl import Lines, talk

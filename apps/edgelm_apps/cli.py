@@ -32,6 +32,7 @@ COMMANDS = {
     "rm": "edgelm_apps.models:rm",
     "backends": "edgelm_apps.device:backends",
     "doctor": "edgelm_apps.device:doctor",
+    "pi": "edgelm_apps.pi.commands:pi",
     "completion": "edgelm_apps.completion:completion",
 }
 EXIT_INTERRUPTED = 130

@@ -5,7 +5,7 @@ Knows no terminal: a `Voice` shows what is said.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -52,9 +52,10 @@ class Conversation:
         sampling: dict[str, Any],
         asides: Asides,
         keep: bool = False,
+        status: Callable[[Usage], str] = status_line,
     ) -> None:
         self.model, self.system, self.overflow, self.sampling = model, system, overflow, sampling
-        self.asides, self.keep = asides, keep
+        self.asides, self.keep, self.status = asides, keep, status
         self.chat = model.chat(system, overflow=overflow, keep=keep)
         self.usage: Usage | None = None
         self.shows_status = False
@@ -82,7 +83,7 @@ class Conversation:
             voice.note(line)
         self._told = self.model.notes
         if self.shows_status and self.usage is not None:
-            voice.aside(status_line(self.usage))
+            voice.aside(self.status(self.usage))
 
     def retry(self, voice: Voice, temperature: float | None) -> None:
         """Answer the last message again, in other words; an answer that fails leaves the old one."""

@@ -72,6 +72,10 @@ ENDS: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]] = {
     "rm": (("edgelm rm gemma-3-270m", "edgelm rm --prepared"), (0, 2, 3), ("EDGELM_CACHE",)),
     "backends": (("edgelm backends", "edgelm backends model.gguf --memory 200MB"), _LOAD, (*_ENGINE, "EDGELM_RECHECK")),
     "doctor": (("edgelm doctor", "edgelm doctor --recheck"), (0, 2), (*_ENGINE, "EDGELM_RECHECK")),
+    "pi": (
+        ("edgelm pi demo", "edgelm pi demo --simulate pi5-nvme", "edgelm pi expect gemma-3-270m"),
+        (*_ANSWER, 1), (*_ENGINE, "HF_HUB_OFFLINE", "HF_TOKEN"),
+    ),
     "completion": (
         (
             "eval \"$(edgelm completion bash)\"    # in ~/.bashrc",

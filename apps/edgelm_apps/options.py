@@ -99,6 +99,11 @@ _approximate = (
 )
 
 
+def size_options(command: F) -> F:
+    """`--memory --threads --context`: how much of a device a model may take."""
+    return _together(_memory, _threads, _context)(command)
+
+
 def budget_options(command: F) -> F:
     """`--memory --threads --context --simulate`: how a model is loaded, whatever computes."""
     return _together(_memory, _threads, _context, simulate_option)(command)

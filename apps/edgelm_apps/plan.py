@@ -22,7 +22,10 @@ from edgelm_apps.options import (
 @engine_options
 @speculation_options
 @parallel_option
-def plan(model: str, as_json: bool, **given: Any) -> None:
+@click.option(
+    "--published", is_flag=True, help="With --simulate: take the processor, too, from what others published of it."
+)
+def plan(model: str, as_json: bool, published: bool, **given: Any) -> None:
     """Show what stays, what streams and how fast, without loading."""
     import edgelm
     from edgelm_apps.output import print_json
@@ -31,7 +34,7 @@ def plan(model: str, as_json: bool, **given: Any) -> None:
     engine = engine_values(given)
     if engine.get("draft", "auto") != "auto":
         engine["draft"] = locate(engine["draft"])
-    made = edgelm.plan(locate(model), **engine)
+    made = edgelm.plan(locate(model), published=published, **engine)
     if as_json:
         print_json(made.as_dict())
     else:

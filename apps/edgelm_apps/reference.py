@@ -21,9 +21,18 @@ def options_section() -> str:
     for name in cli.list_commands(group):
         command = cli.get_command(group, name)
         assert command is not None
-        context = click.Context(command, info_name=name, parent=group, terminal_width=_WIDTH)
-        sections.append(_section(f"edgelm {name}", command.get_help(context)))
+        sections += _sections(f"edgelm {name}", command, click.Context(command, info_name=name, parent=group))
     return "\n\n".join(sections)
+
+
+def _sections(title: str, command: click.Command, context: click.Context) -> list[str]:
+    """Return the help of a command, and of those below it."""
+    context.terminal_width = _WIDTH
+    found = [_section(title, command.get_help(context))]
+    if isinstance(command, click.Group):
+        for name, below in command.commands.items():
+            found += _sections(f"{title} {name}", below, click.Context(below, info_name=name, parent=context))
+    return found
 
 
 def regenerated(page: str) -> str:

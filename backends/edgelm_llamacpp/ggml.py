@@ -18,7 +18,10 @@ from typing import Any
 from edgelm.errors import BackendUnavailable
 
 NAME = "llamacpp"
-HINT = "install it with: pip install 'edgelm[llamacpp]' (compiles for some minutes, needs a C++ compiler)"
+HINT = (
+    "install it with: pip install 'edgelm[llamacpp]' (compiles for some minutes, needs a C++ compiler), or "
+    "pip install 'edgelm[ggml]' (ready-made, Linux)"
+)
 
 STATUS_SUCCESS, STATUS_ABORTED = 0, 1
 TYPE_F32, TYPE_F16, TYPE_I32, TYPE_I64 = 0, 1, 26, 27
@@ -189,13 +192,12 @@ def _folders() -> Iterator[Path]:
     if chosen := os.environ.get("EDGELM_GGML"):
         yield Path(chosen)
         return
-    for package in ("llama_cpp", "llama_cpp_py_sync"):
+    for package in ("llama_cpp", "llama_cpp_py_sync", "libggml"):  # what was compiled here goes before what was not
         spec = find_spec(package)  # finds the folder without importing the package
         # a frozen application brings the libraries along, but not the package
         elsewhere = [os.path.join(sys.prefix, package)] if getattr(sys, "frozen", False) else []
         for place in (spec.submodule_search_locations if spec else None) or elsewhere:
-            yield Path(place) / "lib"
-            yield Path(place)
+            yield from (Path(place) / "lib", Path(place) / "lib64", Path(place))
     yield from map(Path, ("/opt/homebrew/lib", "/usr/local/lib", "/usr/lib"))
 
 

@@ -31,10 +31,14 @@ class OnnxBackend:
         from edgelm_onnx.runtime import version
 
         try:
-            prove()
+            found = f"onnxruntime {version()}"
         except BackendUnavailable as exc:
             return Availability(False, exc.reason)
-        return Availability(True, version=f"onnxruntime {version()}")
+        try:
+            prove()
+        except BackendUnavailable as exc:  # packed weights lie elsewhere, as on aarch64; a graph keeps its own
+            return Availability(False, exc.reason, found, graphs=True)
+        return Availability(True, version=found)
 
     def identity(self) -> str:
         """Return what changes with the installed library; see `edgelm.engine.health.identity`."""

@@ -23,11 +23,15 @@ if TYPE_CHECKING:
 
 
 class Availability(NamedTuple):
-    """Whether a backend can be used here; `reason` says why not, `version` what was found."""
+    """Whether a backend can be used here; `reason` says why not, `version` what was found.
+
+    `graphs`: one that is not available computes models all the same that are one graph (`GraphBackend`).
+    """
 
     available: bool
     reason: str = ""
     version: str = ""
+    graphs: bool = False
 
 
 class Capabilities(NamedTuple):

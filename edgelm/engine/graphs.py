@@ -55,7 +55,7 @@ def choose_for_graph(wanted: str) -> tuple[GraphBackend, str, tuple[str, ...]]:
                 raise BackendUnavailable(name, NOT_GRAPHS, _HINT)
             continue
         found = check(name)  # only of those that could do it: a trial may take a second
-        if found.available:
+        if found.available or found.graphs:
             asked = "" if wanted == "auto" else "as asked for, "
             return backend, name, (*notes, f"{name}: chosen, {asked}the model is one ONNX graph ({found.version})")
         if wanted != "auto":

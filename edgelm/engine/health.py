@@ -38,7 +38,8 @@ _tried: set[str] = set()  # by this process
 class Verdict(NamedTuple):
     """What came of trying a backend. `broken`: it did not say so itself, but crashed, hung, or gave wrong answers.
 
-    `identity` is what its library was then; None if not even importing it is known to be safe.
+    `identity` is what its library was then; None if not even importing it is known to be safe. `graphs`: it is of use
+    for models that are one graph, though it is not available.
     """
 
     available: bool
@@ -46,6 +47,7 @@ class Verdict(NamedTuple):
     version: str = ""
     broken: bool = False
     identity: str | None = None
+    graphs: bool = False
 
 
 def check(name: str, *, fresh: bool = False) -> Verdict:
@@ -141,6 +143,7 @@ def _verdict(found: dict[str, object]) -> Verdict:
         str(found["version"]),
         bool(found.get("broken")),
         None if own is None else str(own),
+        bool(found.get("graphs")),
     )
 
 

@@ -33,7 +33,8 @@ ARCHITECTURES: Mapping[str, str] = {
 } | {"nomic-bert": "edgelm_models.nomic_bert", "gemma-embedding": "edgelm_models.gemma_embedding"}
 HINTS: Mapping[str, str] = {
     "onnx": "install it with: pip install onnxruntime",
-    "llamacpp": "install it with: pip install 'edgelm[llamacpp]' (compiles for some minutes, needs a C++ compiler)",
+    "llamacpp": "install it with: pip install 'edgelm[llamacpp]' (compiles for some minutes, needs a C++ compiler), or "
+    "pip install 'edgelm[ggml]' (ready-made, Linux)",
     "mlx": "install it with: pip install 'edgelm[mlx]'",
 }
 

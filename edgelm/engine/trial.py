@@ -50,7 +50,7 @@ def trial(name: str, report: Callable[..., None]) -> None:
     report(identity=before)  # from here on, it can be imported without harm
     found = backend.probe()
     if not found.available:
-        report(available=False, reason=found.reason, version=found.version, done=True)
+        report(available=False, reason=found.reason, version=found.version, graphs=found.graphs, done=True)
         return
     report(version=found.version)
     problem = problem_of(backend, found.version)

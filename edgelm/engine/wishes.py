@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 class Wishes(NamedTuple):
     """How a model is to be loaded; `edgelm.load` says what each of them means. `max_outputs`: rows of logits a
-    pass; `parallel`: answers side by side; `attention`, `kept`: see `edgelm.approximate`."""
+    pass; `parallel`: answers side by side; `attention`, `kept`: see `edgelm.approximate`; `published`: see
+    `edgelm.plan`."""
 
     memory: str | int | None = None
     backend: str = "auto"
@@ -22,3 +23,4 @@ class Wishes(NamedTuple):
     parallel: int = 1
     attention: str = "exact"
     kept: float | None = None
+    published: bool = False

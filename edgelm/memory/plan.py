@@ -131,6 +131,11 @@ class Plan:
         named = [name for rates in parts if rates and rates.simulated for name in rates.simulated.split(", ")]
         return ", ".join(dict.fromkeys(named)) or None
 
+    @property
+    def published(self) -> bool:
+        """Whether predictions rest on figures that others published of the device, not on measurements here."""
+        return self.rates is not None and self.rates.published
+
     def predicted_ttft_s(self, n_prompt: int) -> float:
         """Seconds from a prompt of `n_prompt` tokens to the first token of the answer."""
         if self.prompts is not None:
@@ -197,6 +202,7 @@ class Plan:
             "predicted_peak_bytes": self.planned_bytes,
             "approximate": self.approximate,
             "simulated": self.simulated,
+            "published": self.published,
             "prompts": self.prompts.as_dict() if self.prompts else None,
         }
 
@@ -226,7 +232,9 @@ class Plan:
                 f"predicted: {self.predicted_decode_tps:.1f} tokens/s, first token of a prompt of {JOB_PROMPT} after "
                 f"{self.predicted_ttft_s(JOB_PROMPT):.1f} s, at most {human(self.planned_bytes)} of memory"
             )
-        if self.simulated:
+        if self.published:
+            lines.append(f"expected of {self.simulated} from published figures; nothing of it was measured")
+        elif self.simulated:
             lines.append(f"simulated: {self.simulated}; the processor is this machine's own, not slowed down")
         return "\n".join(lines)
 

@@ -29,6 +29,8 @@ class Rates(NamedTuple):
     read_cost_s_per_byte: float = 0.0
     simulated: str | None = None
     """The device whose flash it is, if not this one's."""
+    published: bool = False
+    """Whether these are figures that others published of that device: nothing of it was measured here."""
     steady: bool = True
     """Whether repeated measurements agreed; if not, the machine was busy, and another time would say something else."""
 

@@ -22,7 +22,7 @@ TYPED = (
     ("edgelm run org/re", "edgelm run org/repo:Q4_0 "),
     ("edgelm run x --att", "edgelm run x --attention "),
     ("edgelm run x --attention fil", "edgelm run x --attention filtered "),
-    ("edgelm chat --simulate pi5-n", "edgelm chat --simulate pi5-nvme "),
+    ("edgelm chat --simulate pi4-u", "edgelm chat --simulate pi4-usb-ssd "),
 )
 SETUP = {
     "bash": (["--norc", "--noprofile", "-i"], "bind 'set enable-bracketed-paste off'; "),

@@ -14,7 +14,7 @@ import pytest
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 SCRIPTS = (
     "tokens", "speed", "startup", "memory", "streaming", "big_streaming", "neurons", "flash", "pack", "entropy",
-    "neighbours", "predict", "live_budget", "verify", "approximate",
+    "neighbours", "predict", "live_budget", "verify", "approximate", "aarch64", "pi_expect",
 )  # fmt: skip
 ALLOCATE = "import sys; block = bytearray(int(sys.argv[1])); block[::4096] = b'x' * len(block[::4096]); print('done')"
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import edgelm
+from edgelm.engine import graphs, health
 from edgelm.errors import BackendUnavailable, BudgetTooSmall, ConfigError, ModelFileError, UnsupportedModel
 from edgelm.files.errors import BadHeader
 from edgelm.files.genai import read_genai_folder
@@ -227,3 +228,22 @@ def test_a_graph_that_onnx_runtime_refuses_is_a_model_file_error(folder: Path) -
     with pytest.raises((ModelFileError, UnsupportedModel), match="ONNX Runtime") as refused:
         edgelm.load(folder, memory="400MB")
     assert "NoSuchOperator" in str(refused.value)
+
+
+def test_a_graph_needs_no_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on aarch64, where ONNX Runtime packs matrices in another way."""
+    from edgelm_onnx import BACKEND, proof
+
+    def lost() -> None:
+        raise BackendUnavailable("onnx", "the packed bytes of a matrix were not found in memory")
+
+    monkeypatch.setattr(proof, "prove", lost)
+    found = BACKEND.probe()
+    assert (found.available, found.graphs) == (False, True)
+    assert found.version.startswith("onnxruntime ")
+    verdict = health._verdict({**found._asdict(), "identity": "x"})
+    monkeypatch.setattr(graphs, "check", lambda name: verdict)
+    assert graphs.choose_for_graph("auto")[1] == "onnx"
+    monkeypatch.setattr(graphs, "check", lambda name: verdict._replace(graphs=False))
+    with pytest.raises(BackendUnavailable, match="packed bytes"):
+        graphs.choose_for_graph("onnx")

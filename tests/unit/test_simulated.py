@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import edgelm
+from edgelm import opening
 from edgelm.engine import reading
 from edgelm.errors import ConfigError
 from edgelm.memory.platform import current_platform
@@ -92,3 +93,29 @@ def test_weights_that_stay_are_read_at_the_device_s_speed(model_file: Path) -> N
         pinned_bytes = model.plan.pinned_bytes
     assert pinned_bytes > 5 * MB
     assert elapsed >= pinned_bytes / edgelm.devices()[SLOWEST].flash_bytes_per_s
+
+
+def test_published_figures_stand_in_for_a_measured_processor(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is measured")
+
+    monkeypatch.setattr(opening, "measured_rates", refuse)
+    plan = edgelm.plan(model_file, simulate="pi5-nvme", published=True, **OPTIONS)
+    processor = edgelm.devices()["pi5-nvme"].processor
+    assert processor is not None
+    assert plan.predicted_decode_tps == pytest.approx(processor.compute_bytes_per_s / plan.pass_bytes)
+    assert plan.published
+    assert plan.as_dict()["published"] is True
+    assert "expected of pi5-nvme from published figures; nothing of it was measured" in str(plan)
+    assert "this machine's own" not in str(plan)
+
+
+def test_published_figures_need_a_device_that_has_some(model_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing is known of the processor of phone-ufs3 \(known: pi4-sd, .*\)"):
+        edgelm.plan(model_file, simulate="phone-ufs3", published=True, **OPTIONS)
+    with pytest.raises(ConfigError, match="name it with simulate"):
+        edgelm.plan(model_file, published=True, **OPTIONS)
+
+
+def test_a_simulated_flash_leaves_the_processor_alone(model_file: Path) -> None:
+    assert edgelm.plan(model_file, simulate="pi5-nvme", **OPTIONS).published is False
