@@ -101,9 +101,9 @@ def main() -> None:
     parser.add_argument("--memory", nargs="+", default=["110MB", "200MB"])
     parser.add_argument("--backend", default="llamacpp")
     args = parser.parse_args()
-    os.sched_setaffinity(0, CORES[:1])  # the emulator's own work is the terminal's, not the chat's
     shared = {"threads": args.threads, "backend": args.backend, "context": 1024, "rounds": args.rounds}
     report = common.Report("terminal", {**shared, "size": f"{COLUMNS}x{ROWS}"})
+    os.sched_setaffinity(0, CORES[:1])  # the emulator's own work is the terminal's, not the chat's
     for name in args.models:
         model = common.find_model(name)
         for memory, cores in ((memory, cores) for memory in args.memory for cores in (CORES[-1:], CORES)):

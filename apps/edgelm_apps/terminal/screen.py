@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -50,6 +51,8 @@ FRAME_S, IDLE_S = 0.1, 2.0
 """Least time between two frames while an answer comes, and between two looks at memory and temperature otherwise."""
 SHARE = 0.05
 """Of one core, what drawing may take while an answer comes."""
+SWITCH_S = 0.0005
+"""How long drawing may keep Python from the thread that computes: a pass of a small model takes 7 ms, a frame 2."""
 WHEEL_LINES = 3
 KEEP_WHEEL, RETURN_WHEEL = "\x1b[?1007l", "\x1b[?1007h"
 """Most terminals turn the wheel into Up and Down on a full screen, which would leaf through the history."""
@@ -94,6 +97,7 @@ class Screen:
         """Draw on `terminal` until the user leaves; then the terminal is as it was."""
         output = create_output(stdout=terminal)
         output.write_raw(KEEP_WHEEL)
+        sys.setswitchinterval(SWITCH_S)
         gc.collect()
         gc.freeze()  # what is there now stays: it need not be looked through after every frame
         try:
