@@ -149,7 +149,7 @@ def test_the_budget_changes_in_the_middle_of_an_answer(slow: Path, loads: Load) 
 
 def test_a_pressure_file_that_cannot_be_had_is_said_and_nothing_else(tiny: Path, loads: Load, tmp_path: Path) -> None:
     said: list[str] = []
-    with loads(tiny, memory="300MB", context=64) as model:
+    with loads(tiny, memory="2GB", context=64) as model:
         keeper = give_back.Keeper(model, said.append, tmp_path / "memory.pressure")
         keeper.close()
     assert said == [f"{tmp_path / 'memory.pressure'} will not wake us: No such file or directory"]

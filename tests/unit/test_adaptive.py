@@ -171,21 +171,21 @@ def test_an_adaptive_model_adapts_within_what_was_asked(tmp_path: Path, monkeypa
     system, said = System(), list[str]()
     monkeypatch.setattr(adaptive, "current_platform", lambda: system)
     path = tiny_model(tmp_path / "tiny.gguf", "llama", n_vocab=384)
-    with edgelm.load(path, memory="400MB", backend="numpy", context=64, adaptive=said.append) as model:
+    with edgelm.load(path, memory="900MB", backend="numpy", context=64, adaptive=said.append) as model:
         expected = model.generate("once upon", max_tokens=12, ignore_eos=True)
         system.now = SHORT
         wait_for(lambda: len(said) > 0)
         assert model.generate("once upon", max_tokens=12, ignore_eos=True) == expected
-        assert model.plan.budget_bytes < 400 * MB == model.asked_bytes
-        model.set_budget("300MB")
-        assert model.asked_bytes == 300 * MB
-        assert model.adapt_budget(GB).budget_bytes == 300 * MB
+        assert model.plan.budget_bytes < 900 * MB == model.asked_bytes
+        model.set_budget("800MB")
+        assert model.asked_bytes == 800 * MB
+        assert model.adapt_budget(GB).budget_bytes == 800 * MB
         assert "edgelm-adaptive" in names()
     assert "edgelm-adaptive" not in names()
-    assert said[0].startswith("memory is short: budget 400 MB -> ")
+    assert said[0].startswith("memory is short: budget 900 MB -> ")
 
 
 def test_a_model_is_not_adaptive_unless_asked(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "tiny.gguf", "llama", n_vocab=384)
-    with edgelm.load(path, memory="400MB", backend="numpy", context=64):
+    with edgelm.load(path, memory="900MB", backend="numpy", context=64):
         assert "edgelm-adaptive" not in names()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from edgelm_llamacpp import ggml
 
 def test_ready_made_libraries_come_after_compiled_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package, folder in (("libggml", "lib64"), ("llama_cpp", "lib")):
+        monkeypatch.delitem(sys.modules, package, raising=False)  # of another test, and found before any folder
         (tmp_path / package / folder).mkdir(parents=True)
         (tmp_path / package / "__init__.py").touch()
         (tmp_path / package / folder / "libggml-cpu.so").touch()
