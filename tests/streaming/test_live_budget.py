@@ -125,7 +125,7 @@ def test_a_change_that_fails_to_read_closes_the_engine(models: dict[str, Path]) 
 @pytest.fixture
 def model(tmp_path: Path) -> Any:
     path = tiny_model(tmp_path / "tiny.gguf", "llama", n_vocab=384)
-    with edgelm.load(path, memory="400MB", backend="numpy", context=64) as loaded:
+    with edgelm.load(path, memory="700MB", backend="numpy", context=64) as loaded:
         yield loaded
 
 
@@ -141,8 +141,8 @@ def ids_of(model: edgelm.Model, change: Sequence[str] = ()) -> list[int | None]:
 
 def test_the_consumer_of_a_stream_may_change_the_budget(model: edgelm.Model) -> None:
     expected = ids_of(model)
-    assert ids_of(model, ["400MB", "300MB", "500MB"]) == expected
-    assert model.plan.budget_bytes == 500_000_000
+    assert ids_of(model, ["700MB", "600MB", "800MB"]) == expected
+    assert model.plan.budget_bytes == 800_000_000
 
 
 def test_another_thread_may_change_the_budget_while_a_stream_runs(model: edgelm.Model) -> None:
@@ -153,7 +153,7 @@ def test_another_thread_may_change_the_budget_while_a_stream_runs(model: edgelm.
         nonlocal n_changes
         try:
             while not stop.is_set():
-                model.set_budget("300MB" if n_changes % 2 else "400MB")
+                model.set_budget("600MB" if n_changes % 2 else "700MB")
                 n_changes += 1
         except BaseException as exc:
             errors.append(exc)
@@ -181,7 +181,7 @@ def test_a_budget_that_is_too_small_changes_nothing(model: edgelm.Model) -> None
 
 def test_a_processor_cannot_change_the_budget(model: edgelm.Model) -> None:
     def meddle(history: Sequence[int], logits: Any) -> Any:
-        model.set_budget("300MB")
+        model.set_budget("600MB")
         return logits
 
     with pytest.raises(ConfigError, match="between two chunks"):
@@ -190,7 +190,7 @@ def test_a_processor_cannot_change_the_budget(model: edgelm.Model) -> None:
 
 def test_a_closed_model_has_no_budget(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "tiny.gguf", "llama", n_vocab=384)
-    model = edgelm.load(path, memory="400MB", backend="numpy", context=64)
+    model = edgelm.load(path, memory="700MB", backend="numpy", context=64)
     model.close()
     with pytest.raises(ConfigError, match="closed"):
-        model.set_budget("300MB")
+        model.set_budget("600MB")
