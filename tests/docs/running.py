@@ -103,7 +103,10 @@ class Sandbox:
         return inherited | {
             "HOME": str(home),
             "EDGELM_CACHE": str(home / "cache"),
-            "PATH": os.pathsep.join([str(programs), inherited.get("PATH", os.defpath)]),
+            # programs of this environment are found without its being activated
+            "PATH": os.pathsep.join(
+                [str(programs), str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)]
+            ),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "PIP_NO_INDEX": "1",
             "HF_HUB_OFFLINE": "1",
