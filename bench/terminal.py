@@ -46,16 +46,17 @@ class Behind:
         self._screen = pyte.Screen(COLUMNS, ROWS)
         self._stream = pyte.ByteStream(self._screen)
 
-    def seen(self, wait_s: float = 0.5) -> str:
-        """Collect for a while, then return the text of the screen: to emulate it costs more than to draw it."""
+    def seen(self, silence_s: float = 0.6) -> str:
+        """Collect until nothing comes for a while, then return the text of the screen.
+
+        Nothing is emulated before: that costs more than to draw, and the chat may want the same core.
+        """
         collected = bytearray()
-        until = time.monotonic() + wait_s
-        while (left_s := until - time.monotonic()) > 0:
-            if select.select([self._master], [], [], left_s)[0]:
-                try:
-                    collected += os.read(self._master, 1 << 16)
-                except OSError:
-                    break
+        while select.select([self._master], [], [], silence_s)[0]:
+            try:
+                collected += os.read(self._master, 1 << 16)
+            except OSError:
+                break
         self._stream.feed(bytes(collected))
         return " ".join(" ".join(self._screen.display).split())
 
@@ -85,7 +86,6 @@ def speeds(argv: list[str], cores: list[int]) -> tuple[list[float], int]:
         chat.type("/clear")
         chat.wait_for("is forgotten")
         chat.type(prompt)
-        chat.wait_for(prompt[-12:])
         found.append(float(chat.wait_for(SPEED.pattern)[1]))
         chat.type("/help")  # pushes the line of statistics out of sight
         chat.wait_for("Ctrl-C stops")
