@@ -60,7 +60,7 @@ class History:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, mode, encoding="utf-8", errors="replace", opener=_private) as file:
-                os.fchmod(file.fileno(), 0o600)
+                os.chmod(self._path, 0o600)  # of an older file, too
                 file.write(text)
         except OSError as error:
             self.trouble = f"the history could not be saved in {self._path}: {error.strerror}"

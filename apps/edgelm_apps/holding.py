@@ -23,6 +23,8 @@ from edgelm.errors import ConfigError, DownloadError
 if TYPE_CHECKING:
     from edgelm import Chat, Chunk, Model
 
+ENGINE = ("memory", "backend", "threads", "context", "kv", "draft")
+"""Options of `edgelm.load` that plug-ins take; the others are of answers."""
 _NAMED, _NESTED = {"properties", "$defs", "definitions"}, {"items", "prefixItems", "anyOf", "oneOf"}
 _OPEN = {"additionalProperties", "patternProperties", "allOf", "$ref"}
 """What says itself which other properties an object may have, or may be said elsewhere."""

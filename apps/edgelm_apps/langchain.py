@@ -30,12 +30,11 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict
 
 from edgelm.errors import ConfigError
+from edgelm_apps.holding import ENGINE, Question, aanswer, answer
 
 if TYPE_CHECKING:
     from edgelm import Chunk, Usage
-    from edgelm_apps.holding import Question
 
-ENGINE = ("memory", "backend", "threads", "context", "kv", "draft")
 SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty",
     "seed", "stop", "logprobs",
@@ -109,8 +108,6 @@ class ChatEdgeLM(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        from edgelm_apps.holding import answer
-
         name, engine, question = self._asked(messages, stop, kwargs)
         with closing(answer(name, engine, question)) as chunks:
             for chunk in chunks:
@@ -126,8 +123,6 @@ class ChatEdgeLM(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        from edgelm_apps.holding import aanswer
-
         name, engine, question = self._asked(messages, stop, kwargs)
         async with aclosing(aanswer(name, engine, question)) as chunks:
             async for chunk in chunks:
@@ -157,8 +152,6 @@ class ChatEdgeLM(BaseChatModel):
     def _asked(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]
     ) -> tuple[str, dict[str, Any], Question]:
-        from edgelm_apps.holding import Question
-
         options = {**self._given(SAMPLING), **{name: value for name, value in kwargs.items() if value is not None}}
         if stop is not None:
             options["stop"] = stop

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 PREFIX = "edgelm/"
 OLDEST = "0.32"
 """The oldest `llm` that tells its models whole conversations, as this module wants them."""
-ENGINE = ("memory", "backend", "threads", "context", "kv", "draft")
 EMBEDDING = ("bert", "nomic-bert", "gemma-embedding")
 """Architectures that turn texts into vectors."""
 
@@ -63,7 +62,7 @@ class _Shared:
         self.model_id, self._path = PREFIX + name, path
 
     def _asked(self, prompt: llm.Prompt, conversation: Any) -> tuple[str, dict[str, Any], Question]:
-        from edgelm_apps.holding import Question, closed
+        from edgelm_apps.holding import ENGINE, Question, closed
 
         options = prompt.options.model_dump(exclude_none=True)
         engine = {name: options.pop(name) for name in ENGINE if name in options}

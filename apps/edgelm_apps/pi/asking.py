@@ -13,6 +13,9 @@ import click
 
 from edgelm.errors import EdgeLMError
 
+AMPLE = "64GB"
+"""A budget in which everything has room: its plan says what that takes."""
+
 
 class Failed(EdgeLMError):
     """A command failed; the message is its own, and so is the exit code."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from edgelm import devices
 from edgelm_apps.options import json_option, model_argument, offline_option, quiet_option, size_options
+from edgelm_apps.pi.target import pi_devices
 
-_BOARDS = [name for name in devices() if name.startswith("pi")]
+_BOARDS = list(pi_devices())
 _simulate = click.option(
     "--simulate",
     type=click.Choice(_BOARDS),

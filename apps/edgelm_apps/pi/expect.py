@@ -11,12 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgelm_apps.pi.asking import edgelm_json, options
+from edgelm_apps.pi.asking import AMPLE, edgelm_json, options
 
 CONTEXT = 1024
 N_BUDGETS = 4
 STEP_BYTES = 5_000_000
-AMPLE = "64GB"
 HIDDEN = 0.95
 """Share of the speed with everything in memory from which reads count as hidden."""
 SPARE = 1.05

@@ -13,15 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgelm_apps.pi.asking import Failed, edgelm_json, options
+from edgelm_apps.pi.asking import AMPLE, Failed, edgelm_json, options
 
 if TYPE_CHECKING:
     from edgelm_apps.pi.target import Target
 
 PROMPT = "Explain in a few sentences what a Raspberry Pi is, and what people do with it."
 MEASURED_TOKENS = 16
-AMPLE = "64GB"
-"""A budget in which everything has room: its plan says what that takes."""
 SPARE_BYTES = 20 * 10**6
 """What the budget has beyond what everything takes, if the board can spare it: for the screen of the demo."""
 WORSE = 0.98

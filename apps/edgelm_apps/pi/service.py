@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from edgelm_apps.pi.asking import options as options_of
+
 NAME = "edgelm-serve.service"
 MARK = "# Written by `edgelm pi service`, which also removes it: `edgelm pi service --uninstall`."
 MARGIN_BYTES = 64 * 10**6
@@ -25,7 +27,7 @@ def unit_text(model: str, options: Mapping[str, object], budget_bytes: int, envi
     from edgelm.sizes import human
 
     command = [sys.executable, "-m", "edgelm_apps.cli", "serve", model, "--memory", str(budget_bytes), "--quiet"]
-    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command += options_of(options)
     kept = [f"Environment={quoted(f'{name}={environment[name]}')}" for name in _KEPT if environment.get(name)]
     return "\n".join(
         [
