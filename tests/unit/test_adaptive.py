@@ -59,8 +59,9 @@ class Plans:
 
 
 class Watched:
-    def __init__(self) -> None:
+    def __init__(self, now: Pressure = CALM) -> None:
         self.model, self.system, self.said = Plans(), System(), list[str]()
+        self.system.now = now
         self.monitor = Monitor(self.model, self.said.append, self.system)  # type: ignore[arg-type]
         self.monitor.start()
 
@@ -84,11 +85,12 @@ def wait_for(what: Callable[[], object]) -> None:
         time.sleep(0.001)
 
 
-def test_it_gives_back_takes_again_and_says_so(watched: Watched) -> None:
-    watched.system.now = SHORT
+def test_it_gives_back_takes_again_and_says_so() -> None:
+    watched = Watched(SHORT)  # from the first sample on: a fall since the one before would be taken for a trend
     wait_for(lambda: watched.model.plan.budget_bytes == FLOOR)
     watched.system.now = CALM
     wait_for(lambda: watched.model.plan.budget_bytes == ASKED)
+    watched.monitor.stop()
     assert watched.said[0] == "memory is short: budget 300 MB -> 204 MB"
     assert watched.said[-1] == "memory is free again: budget 250 MB -> 300 MB"
     assert len(watched.said) == 7
