@@ -2,7 +2,8 @@
 
     python bench/speculation.py --part resident|streamed|drafted|identity [--per-kind 3] [--tokens 96]
 
-Each child answers every prompt plainly and with guesses, in turn, `--rounds` times. `identity` then goes through the
+Each child answers every prompt plainly and with guesses, in turn, `--rounds` times. `resident` answers plainly once more
+in every round: two plain answers differ by what the machine does to any ratio here. `identity` then goes through the
 plain answer with guesses, and counts a flip wherever another token was the likeliest, and where the answer with guesses
 first went another way, with the gap between the two best log-probabilities there. `drafted` compares with plain
 decoding that has the memory of the draft for weights.
@@ -44,6 +45,7 @@ def child(spec: dict[str, Any]) -> list[dict[str, Any]]:
             messages = [{"role": role, "content": prompt[role]} for role in ("system", "user")]
             ids = model.tokenizer.encode_prompt(model.template.render(messages))
             tps: dict[bool, list[float]] = {False: [], True: []}
+            again_tps = []
             whole_s: dict[bool, list[float]] = {False: [], True: []}
             for _ in range(spec["rounds"]):
                 plain, gaps, usage = _answer(model, ids, spec["tokens"], speculate=False, watched=spec["identity"])
@@ -52,6 +54,8 @@ def child(spec: dict[str, Any]) -> list[dict[str, Any]]:
                 guessed, _, usage = _answer(model, ids, spec["tokens"])
                 tps[True].append(usage.decode_tps)
                 whole_s[True].append(usage.elapsed_s)
+                if spec["again"]:
+                    again_tps.append(_answer(model, ids, spec["tokens"], speculate=False)[2].decode_tps)
             flips = _flips(model, ids, plain, gaps) if spec["identity"] else []
             if spec["identity"] and plain != guessed:
                 flips.append(round(gaps[n_common(plain, guessed)], 4))
@@ -61,6 +65,7 @@ def child(spec: dict[str, Any]) -> list[dict[str, Any]]:
                     "kind": prompt["kind"],
                     "plain_tps": common.middle(tps[False]),
                     "guessed_tps": common.middle(tps[True]),
+                    "again_tps": common.middle(again_tps) if again_tps else None,
                     "plain_s": common.middle(whole_s[False]),
                     "guessed_s": common.middle(whole_s[True]),
                     "per_pass": usage.tokens_per_pass,
@@ -103,6 +108,12 @@ def _flips(model: Any, ids: list[int], plain: list[int], gaps: list[float]) -> l
     return flips
 
 
+def _plain_twice(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """What the same comparison says of plain decoding and itself, where it was measured."""
+    ratios = sorted(row["again_tps"] / row["plain_tps"] for row in rows if row["again_tps"])
+    return {"ratios of plain to itself": [round(ratio, 3) for ratio in ratios]} if ratios else {}
+
+
 def settings(part: str, names: list[str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name in names:
@@ -139,6 +150,7 @@ def main() -> None:
     for setting in settings(given.part, given.models):
         spec = setting | {"threads": given.threads, "kinds": given.kinds, "per_kind": given.per_kind}
         spec |= {"tokens": given.tokens, "rounds": given.rounds, "identity": given.part == "identity"}
+        spec["again"] = given.part == "resident"
         rows = common.answer_of_child(__file__, spec)
         if given.part == "drafted":  # without the draft, plain decoding has its memory
             alone = common.answer_of_child(__file__, spec | {"draft": None})
@@ -187,6 +199,7 @@ def main() -> None:
                     ),
                     "peak MB": common.mb(max(row["peak_bytes"] for row in of_kind)),
                     "ratios": [round(ratio, 3) for ratio in ratios],
+                    **_plain_twice(of_kind),
                 },
             )
     report.finish()

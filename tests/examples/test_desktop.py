@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import edgelm
+
 tkinter = pytest.importorskip("tkinter", reason="this Python comes without tkinter")
 from edgelm_examples import desktop  # noqa: E402
 
@@ -142,6 +144,14 @@ def test_a_stop_before_the_model_has_noticed_the_question_is_not_lost(tiny: Path
 @pytest.mark.parametrize("when", ["loading", "idle", "answering"])
 def test_closing_the_window_ends_everything(slow: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`main` returns, and no thread of the model is left."""
+    closed, load = threading.Event(), edgelm.load
+    if when == "loading":  # a model that takes longer than the user's patience, however fast it really is
+
+        def load_late(*arguments: Any, **options: Any) -> edgelm.Model:
+            assert closed.wait(PATIENCE_S)
+            return load(*arguments, **options)
+
+        monkeypatch.setattr(edgelm, "load", load_late)
 
     class Closing(desktop.Window):
         def _poll(self) -> None:
@@ -151,10 +161,12 @@ def test_closing_the_window_ends_everything(slow: Path, when: str, monkeypatch: 
                 self.send()
             elif self.state == when and (when != "answering" or self.status["text"] == "answering…"):
                 self.root.tk.call(*self.root.tk.splitlist(self.root.protocol("WM_DELETE_WINDOW")))
+                closed.set()
 
     monkeypatch.setattr(desktop, "Window", Closing)
     before = set(threading.enumerate())
     assert desktop.main([str(slow), "--memory", "2GB", "--context", str(CONTEXT)]) == 0
+    assert closed.is_set()
     assert set(threading.enumerate()) <= before
 
 
