@@ -2,10 +2,10 @@
 
     python bench/speculation.py --part resident|streamed|drafted|identity [--per-kind 3] [--tokens 96]
 
-Each child answers every prompt plainly and with guesses, in turn, `--rounds` times. `resident` answers plainly once more
-in every round: two plain answers differ by what the machine does to any ratio here. `identity` then goes through the
-plain answer with guesses, and counts a flip wherever another token was the likeliest, and where the answer with guesses
-first went another way, with the gap between the two best log-probabilities there. `drafted` compares with plain
+Each child answers every prompt plainly and with guesses, in turn, `--rounds` times. `resident` answers plainly once
+more in every round: two plain answers differ by what the machine does to any ratio here. `identity` then goes through
+the plain answer with guesses, and counts a flip wherever another token was the likeliest, and where the answer with
+guesses first went another way, with the gap between the two best log-probabilities there. `drafted` compares with plain
 decoding that has the memory of the draft for weights.
 """
 
