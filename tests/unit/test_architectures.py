@@ -211,7 +211,9 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     metadata = open_model(path).metadata
     n_context, n_layers = (int(metadata[f"{variant.architecture}.{key}"]) for key in ("context_length", "block_count"))
     passes = (variant.n_prompt, *(1,) * N_DECODE)
-    llama = llama_cpp.Llama(str(path), logits_all=True, n_ctx=n_context, n_threads=1, verbose=False, flash_attn=False)
+    llama = llama_cpp.Llama(
+        str(path), logits_all=True, n_ctx=n_context, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=False
+    )
     try:
         token_ids = np.random.default_rng(3).integers(5, llama.n_vocab(), sum(passes)).tolist()
         start = 0

@@ -25,7 +25,7 @@ TEXTS = ("The weather in the town is 12 and cold, or so they say!", "again", "",
 
 def libllama(path: Path, **options: Any) -> Any:
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python to compare with")
-    return llama_cpp.Llama(str(path), n_threads=1, verbose=False, **options)
+    return llama_cpp.Llama(str(path), n_threads=1, n_threads_batch=1, verbose=False, **options)
 
 
 def theirs(path: Path, texts: tuple[str, ...] = TEXTS, normalize: bool = True) -> np.ndarray[Any, Any]:

@@ -45,7 +45,7 @@ def test_llama_cpp_evaluates_it(name: str, tmp_path: Path) -> None:
         llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     architecture, options = VARIANTS[name]
     path = tiny_model(tmp_path / "tiny.gguf", architecture, **options)
-    model = llama_cpp.Llama(str(path), logits_all=True, n_ctx=128, n_threads=1, verbose=False)
+    model = llama_cpp.Llama(str(path), logits_all=True, n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False)
     try:
         ids = model.tokenize(TEXT)
         model.eval(ids)

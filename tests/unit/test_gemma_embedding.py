@@ -42,7 +42,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def theirs(path: Path) -> np.ndarray[Any, Any]:
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python to compare with")
-    model = llama_cpp.Llama(str(path), n_threads=1, verbose=False, embedding=True, n_ctx=256, flash_attn=False)
+    model = llama_cpp.Llama(
+        str(path), n_threads=1, n_threads_batch=1, verbose=False, embedding=True, n_ctx=256, flash_attn=False
+    )
     try:
         return np.array([model.embed(text, normalize=True) for text in TEXTS], np.float32)
     finally:
@@ -50,7 +52,7 @@ def theirs(path: Path) -> np.ndarray[Any, Any]:
 
 
 def ours(path: Path, backend: str, **options: Any) -> np.ndarray[Any, Any]:
-    with edgelm.load(path, backend=backend) as model:
+    with edgelm.load(path, backend=backend, threads=1) as model:
         return model.embed(TEXTS, **options)
 
 

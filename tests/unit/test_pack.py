@@ -141,7 +141,7 @@ def test_llama_cpp_reads_it_and_says_the_same(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "tiny.gguf", "qwen2", types="Q8_0")
 
     def answer(path: Path) -> list[int]:
-        llm = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
+        llm = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
         try:
             tokens = llm.generate(llm.tokenize(b"the end"), temp=0.0)
             return [next(tokens) for _ in range(12)]
