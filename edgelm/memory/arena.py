@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgelm.memory.buffer import Buffer, align_up
 from edgelm.memory.cache_layout import USUAL, CacheLayout, vector_bytes
-from edgelm.memory.cells import Cells
+from edgelm.memory.cells import Cells, Numbers
 
 LENGTH_STEP = 256
 """Passes see the cache in steps of this many places, so that a compiled pass serves for many tokens."""
@@ -227,8 +227,11 @@ class KVArena:
         keys, values = self._cells[layer]
         return keys.get(places), values.get(places)
 
-    def import_(self, layer: int, first: int, keys: NDArray[np.float32], values: NDArray[np.float32]) -> None:
-        """Store what `export` returned, rounded to this cache's items. Raises `ValueError` as `export` does."""
+    def import_(self, layer: int, first: int, keys: Numbers, values: Numbers) -> None:
+        """Store what `export` returned, or the same in half precision, rounded to this cache's items.
+
+        Raises `ValueError` as `export` does.
+        """
         places = self._places(layer, first, len(keys))
         for cells, numbers in zip(self._cells[layer], (keys, values), strict=True):
             cells.put(places, numbers)

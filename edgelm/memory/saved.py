@@ -23,6 +23,7 @@ from edgelm.files.quantize import from_blocks, to_blocks
 from edgelm.files.writing import whole_or_nothing
 from edgelm.memory.arena import KVArena, LayerCache
 from edgelm.memory.cache_layout import BLOCK, ITEMS, Item, is_quantized, vector_bytes
+from edgelm.memory.cells import Numbers
 from edgelm.memory.platform import current_platform
 from edgelm.memory.uncached import uncached
 
@@ -143,9 +144,9 @@ def _read_layer(file: _Checked, arena: KVArena, layer: int, head: _Head) -> None
             n_rows = count * facts.n_kv_heads
             data = file.read(n_rows * vector_bytes(item, dim))
             if is_quantized(item):
-                numbers = from_blocks(item, np.frombuffer(data, np.uint8).reshape(n_rows, -1))
+                numbers: Numbers = from_blocks(item, np.frombuffer(data, np.uint8).reshape(n_rows, -1))
             else:
-                numbers = np.frombuffer(data, _FLOATS[item]).astype(np.float32)
+                numbers = np.frombuffer(data, _FLOATS[item])
             pair.append(numbers.reshape(count, facts.n_kv_heads, dim))
         skipped = min(max(least - first, 0), count)
         if skipped < count:
