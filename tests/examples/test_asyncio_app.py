@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,17 +29,19 @@ def test_two_questions_are_answered_beside_other_work(slow: Path, loads: Load) -
         return found, await beats
 
     with loads(slow, memory="2GB", context=512) as model:
+        began = time.perf_counter()
         found, worst_s = asyncio.run(scene())
+        took_s = time.perf_counter() - began
         assert found["the cat"] == asyncio_app.Answer(model.chat().send("the cat", max_tokens=24), "length")
         assert [answer.ended for answer in found.values()] == ["length", "length"]
-    assert worst_s < 0.5
+    assert worst_s < max(0.5, took_s / 4)
 
 
 def test_a_timeout_ends_its_answer_and_no_other(slow: Path, loads: Load) -> None:
     async def scene() -> list[asyncio_app.Answer]:
         asked = (
-            asyncio_app.answer(model, "the cat", 0.4, 10_000),
-            asyncio_app.answer(model, "the dog", 0.1, 10_000),  # most likely, it still waits for the first one
+            asyncio_app.answer(model, "the cat", 1.0, 10_000),
+            asyncio_app.answer(model, "the dog", 0.2, 10_000),  # most likely, it still waits for the first one
             asyncio_app.answer(model, "a bird", 60, 6),
         )
         return await asyncio.gather(*asked)
