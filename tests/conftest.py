@@ -41,6 +41,15 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     monkeypatch.setenv("EDGELM_CACHE", str(folder / "cache"))
 
 
+@pytest.fixture
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the device be measured already: each test has a cache of its own."""
+    from edgelm import opening
+    from edgelm.memory.predict import Rates
+
+    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
+
+
 STRANGER = """
 import os, signal, sys, time
 from pathlib import Path

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 import edgelm
-from edgelm import opening
 from edgelm.errors import ConfigError
-from edgelm.memory.predict import Rates
 from edgelm.sizes import GB
 from edgelm.testing import tiny_model
 from edgelm_apps import commands
@@ -24,8 +22,7 @@ def respond(talk: Conversation, line: str) -> bool:
 
 
 @pytest.fixture
-def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Conversation]:
-    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
+def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known_rates: None) -> Iterator[Conversation]:
     monkeypatch.setattr(commands, "chats_folder", lambda: tmp_path / "chats")
     path = tiny_model(tmp_path / "tiny.gguf", "llama", n_vocab=384, head_dim=32)
     with edgelm.load(path, memory=GB, backend="numpy", threads=1, context=256) as model:

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 
 import edgelm
-from edgelm import opening
-from edgelm.memory.predict import Rates
 from edgelm.testing import tiny_model
 
 APPS = Path(__file__).resolve().parents[2] / "apps"
@@ -82,12 +80,11 @@ def example(cache: Path) -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> Callable[..., edgelm.Model]:
+def loads(monkeypatch: pytest.MonkeyPatch, known_rates: None) -> Callable[..., edgelm.Model]:
     """Have `edgelm.load` compute with NumPy in one thread, without measuring the device or trying other backends.
 
     Random models end their answers at random; these never do before the limit.
     """
-    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
     load = edgelm.load
 
     def wrapped(path: Any, **options: Any) -> edgelm.Model:

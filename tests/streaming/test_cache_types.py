@@ -27,7 +27,6 @@ from edgelm.files.quantize import from_blocks, to_blocks, to_q4_0, to_q8_0
 from edgelm.memory.arena import KVArena, LayerCache
 from edgelm.memory.cache_layout import CacheLayout, vector_bytes
 from edgelm.memory.platform import current_platform
-from edgelm.memory.predict import Rates
 from edgelm.sizes import GB, MIB
 from edgelm.testing import tiny_model
 
@@ -36,9 +35,7 @@ LOST = {"q8_0": 0.4, "q8_0:f16": 0.4, "f16:q8_0": 0.4, "q4_0": 4.0, "q8_0:q4_0":
 """What logits of a tiny model may move by, which are some units large."""
 
 
-@pytest.fixture(autouse=True)
-def _measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
+pytestmark = pytest.mark.usefixtures("known_rates")
 
 
 @pytest.fixture(scope="module")

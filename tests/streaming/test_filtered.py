@@ -13,14 +13,12 @@ import pytest
 from engines import BACKENDS, engine_at, need, prepared_as, shrink
 
 import edgelm
-from edgelm import opening
 from edgelm.engine import filtered
 from edgelm.engine.filtered import FilteredEngine
 from edgelm.engine.filtering import FIRST, LAST
 from edgelm.engine.generate import Conversation
 from edgelm.engine.loading import Prepared, Request, replan
 from edgelm.errors import BudgetTooSmall, ConfigError, ContextOverflow
-from edgelm.memory.predict import Rates
 from edgelm.sizes import GB
 from edgelm.testing import tiny_model
 
@@ -29,9 +27,8 @@ IDS = np.random.default_rng(5).integers(3, 250, CONTEXT).tolist()
 
 
 @pytest.fixture(autouse=True)
-def _small_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_plans(monkeypatch: pytest.MonkeyPatch, known_rates: None) -> None:
     shrink(monkeypatch)
-    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
 
 
 @pytest.fixture(scope="module")

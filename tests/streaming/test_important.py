@@ -13,7 +13,6 @@ import pytest
 from engines import BACKENDS, NOISE, engine_at, need, prepared_as, shrink
 
 import edgelm
-from edgelm import opening
 from edgelm.engine import important
 from edgelm.engine.filtering import ANSWER_TOKENS, FIRST, LAST
 from edgelm.engine.generate import Conversation
@@ -21,7 +20,6 @@ from edgelm.engine.important import ImportantEngine
 from edgelm.engine.loading import Prepared, Request, replan
 from edgelm.errors import BudgetTooSmall, Cancelled, ConfigError
 from edgelm.memory.bounded import bounded_bytes
-from edgelm.memory.predict import Rates
 from edgelm.sizes import GB
 from edgelm.testing import tiny_model
 
@@ -30,9 +28,8 @@ IDS = np.random.default_rng(7).integers(3, 250, CONTEXT).tolist()
 
 
 @pytest.fixture(autouse=True)
-def _small_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_plans(monkeypatch: pytest.MonkeyPatch, known_rates: None) -> None:
     shrink(monkeypatch)
-    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
 
 
 @pytest.fixture(scope="module")

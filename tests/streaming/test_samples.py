@@ -14,7 +14,6 @@ import pytest
 from engines import need, opened, prepared_as, prepared_at, shrink
 
 import edgelm
-from edgelm import opening
 from edgelm.engine.forward import Engine
 from edgelm.engine.generate import Conversation
 from edgelm.engine.loading import Request, build, replan
@@ -26,7 +25,6 @@ from edgelm.memory.arena import KVArena, LayerCache
 from edgelm.memory.cache_layout import CacheLayout
 from edgelm.memory.claims import SideBySide
 from edgelm.memory.derived import derived
-from edgelm.memory.predict import Rates
 from edgelm.memory.stores import MemoryStore
 from edgelm.sizes import GB
 from edgelm.testing import tiny_model
@@ -35,9 +33,7 @@ IDS = np.random.default_rng(6).integers(3, 250, 40).tolist()
 N = 4
 
 
-@pytest.fixture(autouse=True)
-def _measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
+pytestmark = pytest.mark.usefixtures("known_rates")
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,11 @@ from engines import need
 
 import edgelm
 import edgelm.prefixes
-from edgelm import opening
 from edgelm.engine.generate import Conversation
 from edgelm.errors import ConfigError, ModelFileError
 from edgelm.files import kept, writing
 from edgelm.memory import saved
 from edgelm.memory.arena import KVArena, LayerCache
-from edgelm.memory.predict import Rates
 from edgelm.sizes import GB
 from edgelm.testing import tiny_model
 
@@ -30,9 +28,7 @@ IDS = np.random.default_rng(3).integers(3, 250, 70).tolist()
 SYSTEM = "you are a cat and " * 20
 
 
-@pytest.fixture(autouse=True)
-def _measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
+pytestmark = pytest.mark.usefixtures("known_rates")
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ import pytest
 from engines import BACKENDS, need
 
 import edgelm
-from edgelm import opening
-from edgelm.memory.predict import Rates
 from edgelm.testing import tiny_model
 
 LENGTHS = (3, 90, 300, 600, 1030)
@@ -19,10 +17,9 @@ LENGTHS = (3, 90, 300, 600, 1030)
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_prompts_of_any_length(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, architecture: str, threads: int
+    tmp_path: Path, known_rates: None, backend: str, architecture: str, threads: int
 ) -> None:
     need(backend)
-    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
     path = tiny_model(tmp_path / "tiny.gguf", architecture)
     with edgelm.load(path, memory="2GB", backend=backend, threads=threads, context=4096) as model:
         for n in LENGTHS:

@@ -9,20 +9,17 @@ import numpy as np
 import pytest
 
 import edgelm
-from edgelm import opening
 from edgelm.engine.speculation.chances import Chances
 from edgelm.engine.speculation.recycling import MOST_TOKENS, SUCCESSORS, Recycling
 from edgelm.files import kept
-from edgelm.memory.predict import Rates
 from edgelm.testing import tiny_model
 
 IDS = list(range(20, 60))
 
 
 @pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known_rates: None) -> None:
     monkeypatch.setenv("EDGELM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
 
 
 @pytest.fixture(scope="module")

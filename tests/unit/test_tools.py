@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 
 import edgelm
-from edgelm import opening
 from edgelm.errors import ConfigError
-from edgelm.memory.predict import Rates
 from edgelm.sizes import GB
 from edgelm.testing import tiny_model
 from edgelm.testing.tiny_vocab import CONTROL, gpt2_vocab
@@ -159,8 +157,7 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def chat_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
+def chat_of(tmp_path: Path, known_rates: None) -> Any:
     metadata = {"tokenizer.chat_template": TEMPLATE}
     path = tiny_model(tmp_path / "tiny.gguf", "llama", n_vocab=512, metadata=metadata)
     with edgelm.load(path, memory=GB, backend="numpy", threads=1, context=512) as model:
@@ -219,10 +216,9 @@ def test_a_template_that_leaves_tools_out_is_announced(chat_of: Any, monkeypatch
     ],
 )
 def test_marks_that_are_control_tokens_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelled: tuple[str, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known_rates: None, spelled: tuple[str, ...]
 ) -> None:
     """A text leaves control tokens out; a call could not be told from other text without them."""
-    monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: Rates(1e9, 1e9))
     vocab = gpt2_vocab("gpt-2")
     vocab["tokenizer.ggml.tokens"] += MARKS
     vocab["tokenizer.ggml.token_type"] = [*vocab["tokenizer.ggml.token_type"].tolist(), *[CONTROL] * len(MARKS)]
