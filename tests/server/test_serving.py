@@ -107,6 +107,8 @@ def test_pages_of_others_are_refused_unless_allowed(models: dict[str, Path]) -> 
         )
         assert mine.headers["access-control-allow-origin"] == "https://mine.example"
         assert asking.get("/v1/models", headers={"Origin": server.url}).status_code == 200
+        for strange in ("null", "http://[", "://", server.url.partition("//")[2]):
+            assert asking.get("/v1/models", headers={"Origin": strange}).status_code == 403
 
 
 def test_names_that_lead_here_by_surprise_are_refused(models: dict[str, Path]) -> None:
