@@ -188,6 +188,17 @@ def test_an_answer_is_formatted_and_cannot_become_markup(page: Browser, served: 
     assert page.value("[...document.querySelectorAll('#shown a')].map(one => one.href)") == ["https://example.org/"]
 
 
+def test_an_answer_that_nests_too_deeply_is_shown_as_it_is(page: Browser, served: Running) -> None:
+    opened(page, served)
+    deep = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "> " * 5000 + "deep"}]
+    page.value(f"localStorage.setItem('edgelm.chat', {json.dumps(json.dumps(deep))})")
+    page.open(f"{served.url}/", 1000, 800, until="document.querySelectorAll('article').length === 2")
+    assert texts(page, "assistant")[0].endswith("> deep")
+    page.wait("document.getElementById('model').options.length")
+    assert page.problems == []
+    page.value("document.getElementById('clear').click()")
+
+
 def test_the_conversation_is_there_again_after_a_reload(page: Browser, served: Running) -> None:
     opened(page, served)
     ask(page, "the cat")

@@ -110,6 +110,11 @@ function link(href, inner) {
 
 /** Shows a Markdown text in `parent`, instead of what is there. @param {HTMLElement} parent @param {string} text */
 export function show(parent, text) {
-  parent.replaceChildren();
-  put(parent, lexer(text));
+  const found = made("div");
+  try {
+    put(found, lexer(text));
+  } catch { // nested deeper than the stack reaches: what was written, as it is
+    found.replaceChildren(code(text));
+  }
+  parent.replaceChildren(...found.childNodes);
 }
