@@ -199,6 +199,19 @@ def test_an_answer_that_nests_too_deeply_is_shown_as_it_is(page: Browser, served
     page.value("document.getElementById('clear').click()")
 
 
+def test_a_retry_that_fails_leaves_the_old_answer(page: Browser, models: dict[str, Path]) -> None:
+    with running(models, sampling={"max_tokens": 4}) as server:
+        opened(page, server)
+        ask(page, "the cat")
+        page.wait(ANSWERED.format(1))
+        said = texts(page, "assistant")
+    page.value("[...document.querySelectorAll('button')].find(b => b.textContent === 'Retry').click()")
+    page.wait("document.getElementById('told').textContent === 'The server does not answer.'")
+    page.wait(ANSWERED.format(1))
+    assert texts(page, "assistant") == said
+    assert json.loads(page.value("localStorage.getItem('edgelm.chat')"))[-1]["content"] == said[0]
+
+
 def test_the_conversation_is_there_again_after_a_reload(page: Browser, served: Running) -> None:
     opened(page, served)
     ask(page, "the cat")

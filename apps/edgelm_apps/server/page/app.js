@@ -47,10 +47,14 @@ function edit(index) {
 }
 
 /** @param {number} index */
-function retry(index) {
+async function retry(index) {
   if (running) return;
+  const before = messages;
   cut(index);
-  write();
+  await write();
+  if (messages.length > index) return;
+  messages = before; // nothing came: the old answer stays
+  cut(before.length);
 }
 
 /** The request that answers the messages so far. */
