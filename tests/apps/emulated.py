@@ -85,10 +85,16 @@ class Emulated:
             pass
         return self.child.returncode
 
+    def hang_up(self) -> None:
+        """Close the terminal, as its window is closed."""
+        os.close(self._master)
+        self._master = -1
+
     def close(self) -> None:
         self.child.kill()
         self.child.wait()
-        os.close(self._master)
+        if self._master >= 0:
+            os.close(self._master)
         os.close(self._slave)
 
     def _place(self, word: str) -> tuple[int, int]:

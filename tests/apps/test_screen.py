@@ -220,6 +220,14 @@ def test_a_signal_leaves_the_terminal_as_it_was(opened: Open) -> None:
     assert "none#1 w w" in chat.raw.rpartition(BACK)[2]
 
 
+def test_a_terminal_that_is_closed_ends_the_chat(opened: Open) -> None:
+    chat = opened(delay_s=0.05)
+    chat.type("w " * 100 + "\r")
+    chat.look("none#1 w w")
+    chat.hang_up()
+    assert chat.child.wait(20) == 0
+
+
 @pytest.mark.parametrize(("argv", "env"), [(["--plain"], {}), ([], {"TERM": "dumb"})])
 def test_lines_where_they_are_asked_for(model_file: str, argv: list[str], env: dict[str, str]) -> None:
     chat = Emulated(FAKE_CLI, "chat", model_file, *argv, **env)

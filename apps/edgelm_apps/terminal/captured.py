@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
@@ -40,7 +41,8 @@ class Captured:
         for number, kept in enumerate(self._kept, start=1):
             os.dup2(kept, number)  # closes the last writing ends of the pipe, unless a child still has one
             os.close(kept)
-        self.terminal.close()
+        with suppress(OSError):  # what was not drawn yet, where the terminal was closed
+            self.terminal.close()
         self._reader.join(1)
 
     def _read(self, reading: int) -> None:

@@ -7,12 +7,13 @@ while the model is busy a clock does, and so seldom that drawing takes a twentie
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Protocol, TextIO
 
 from prompt_toolkit.application import Application
@@ -100,11 +101,12 @@ class Screen:
         sys.setswitchinterval(SWITCH_S)
         gc.collect()
         gc.freeze()  # what is there now stays: it need not be looked through after every frame
-        try:
-            asyncio.run(self._live(create_input(), output))
-        finally:
-            output.write_raw(RETURN_WHEEL)
-            output.flush()
+        with _until_closed():
+            try:
+                asyncio.run(self._live(create_input(), output))
+            finally:
+                output.write_raw(RETURN_WHEEL)
+                output.flush()
 
     def refresh(self) -> None:
         """Something has changed; from any thread."""
@@ -247,6 +249,18 @@ class _Conversation(UIControl):
             case _:
                 return NotImplemented
         return None
+
+
+@contextmanager
+def _until_closed() -> Iterator[None]:
+    """End what is inside where the terminal was closed, as SIGHUP does: keys and pictures fail then."""
+    try:
+        yield
+    except EOFError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 def _prefix(line: int, wrap: int) -> StyleAndTextTuples:
