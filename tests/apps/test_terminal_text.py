@@ -119,6 +119,21 @@ def test_lines_fit(width: int) -> None:
     assert all(line_width(line) <= least for line in rendered(SAMPLE, width, COLOURS))
 
 
+FAMILY = "👨\u200d👩\u200d👧"
+
+
+JOINED = [FAMILY * 20, "👍🏽" * 40, "🇩🇪" * 40, f"```\n{FAMILY * 20}\n```", f"| {FAMILY * 20} |\n|---|"]
+
+
+@pytest.mark.parametrize("text", JOINED)
+def test_joined_letters_are_not_cut_off(text: str) -> None:
+    from prompt_toolkit.utils import get_cwidth
+
+    lines = rendered(text, 40, COLOURS)
+    assert all(sum(get_cwidth(part) for _, part in line) <= 40 for line in lines)
+    assert text_of(lines).count("👩") == text.count("👩")
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.text(alphabet="ab 日é\n-", max_size=80), st.integers(2, 20))
 def test_wrapping_loses_nothing_but_blanks(text: str, width: int) -> None:

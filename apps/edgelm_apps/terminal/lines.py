@@ -22,12 +22,13 @@ def shown(text: str) -> str:
 
 
 def width_of(text: str) -> int:
-    """Return the columns that `text` takes."""
+    """Return the columns that `text` takes where each letter is drawn for itself, as prompt_toolkit does."""
     if text.isascii():
         return len(text)
-    from wcwidth import wcswidth
+    from wcwidth import wcwidth
 
-    return max(wcswidth(text), 0)
+    # not wcswidth: it counts an emoji that is joined of several as one, which would be cut off at the right edge
+    return sum(max(wcwidth(letter), 0) for letter in text)
 
 
 def line_width(line: Iterable[Fragment]) -> int:
