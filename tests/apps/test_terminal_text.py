@@ -134,6 +134,19 @@ def test_joined_letters_are_not_cut_off(text: str) -> None:
     assert text_of(lines).count("👩") == text.count("👩")
 
 
+def test_what_is_nested_deeply_is_shown() -> None:
+    text = "\n".join("  " * level + f"- item {level}" for level in range(30))
+    assert "item 29" in text_of(rendered(text, 80, COLOURS))
+
+
+def test_a_table_of_too_many_columns_loses_none() -> None:
+    names = [f"c{number}" for number in range(12)]
+    text = f"| {' | '.join(names)} |\n|{'---|' * 12}\n| {' | '.join(names)} |"
+    lines = rendered(text, 40, COLOURS)
+    assert all(line_width(line) <= 40 for line in lines)
+    assert text_of(lines).count("c11") == 2
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.text(alphabet="ab 日é\n-", max_size=80), st.integers(2, 20))
 def test_wrapping_loses_nothing_but_blanks(text: str, width: int) -> None:

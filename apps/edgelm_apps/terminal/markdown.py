@@ -45,7 +45,8 @@ def closing_rule(width: int) -> Line:
 def _parser() -> MarkdownIt:
     from markdown_it import MarkdownIt
 
-    return MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    # what is nested deeper is left out; commonmark's own 20 leaves out a list of the tenth level
+    return MarkdownIt("commonmark", {"maxNesting": 100}).enable(["table", "strikethrough"])
 
 
 class _Renderer:
@@ -135,8 +136,13 @@ def _rows(node: SyntaxTreeNode) -> Iterator[list[Line]]:
 
 
 def table(rows: Sequence[Sequence[Line]], width: int) -> list[Line]:
-    """Return a table, the first row its head; cells are broken where their column is too narrow."""
+    """Return a table, the first row its head; cells are broken where their column is too narrow.
+
+    With more columns than have room side by side, its rows are running text.
+    """
     widths = _column_widths(rows, width)
+    if sum(widths) + 3 * (len(widths) - 1) > width:
+        return [line for row in rows for line in wrapped(_running(row), width)]
     lines: list[Line] = []
     for number, row in enumerate(rows):
         cells = [wrapped(cell, columns) for cell, columns in zip(row, widths, strict=True)]
@@ -149,6 +155,11 @@ def table(rows: Sequence[Sequence[Line]], width: int) -> list[Line]:
         if not number:
             lines.append([(RULE, "─┼─".join("─" * columns for columns in widths))])
     return lines
+
+
+def _running(row: Sequence[Line]) -> Line:
+    """Return the cells of a row one after the other."""
+    return [part for number, cell in enumerate(row) for part in [*([(RULE, " │ ")] if number else []), *cell]]
 
 
 def _column_widths(rows: Sequence[Sequence[Line]], width: int) -> list[int]:
