@@ -32,12 +32,12 @@ def running(
     from edgelm_apps.server.app import create_app
     from edgelm_apps.server.pool import Pool
     from edgelm_apps.server.routes import Settings
-    from edgelm_apps.server.running import listen
+    from edgelm_apps.server.running import Listening, listen
 
     pool = Pool(models, {**ENGINE, **(engine or {})}, shelf_bytes=shelf_bytes)
     app = create_app(pool, Settings(**settings))
     listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=5))
+    server = Listening(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

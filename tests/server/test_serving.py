@@ -237,6 +237,40 @@ def test_stopping_ends_streams_in_good_order(models: dict[str, Path], slow: list
     assert server.pool.loaded is None
 
 
+def test_an_answer_that_takes_too_long_to_stop_for_ends_with_an_error(
+    models: dict[str, Path], slow: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgelm_apps.server.running import Listening
+
+    monkeypatch.setattr(Listening, "grace_s", 0.1)
+    told: list[str] = []
+    waited: list[httpx.Response] = []
+    with running(models) as server:
+
+        def read() -> None:
+            with (
+                client(server) as asking,
+                asking.stream("POST", "/v1/chat/completions", json=ASK | {"stream": True, "max_tokens": 400}) as got,
+            ):
+                told.extend(line for line in got.iter_lines() if line.startswith("data"))
+
+        def wait() -> None:
+            with client(server) as asking:
+                waited.append(asking.post("/v1/chat/completions", json=ASK | {"max_tokens": 400}))
+
+        asked = [threading.Thread(target=read), threading.Thread(target=wait)]
+        asked[0].start()
+        eventually(lambda: slow)
+        asked[1].start()
+        with client(server) as asking:
+            eventually(lambda: asking.get("/health").json()["waiting"] == 1)
+    for one in asked:
+        one.join(PATIENCE_S)
+    assert json.loads(told[-1].removeprefix("data: "))["error"]["code"] == "server_stopping"
+    assert waited[0].status_code == 503
+    assert "the server stops" in waited[0].json()["error"]["message"]
+
+
 def test_whoever_comes_back_goes_on_from_there(models: dict[str, Path]) -> None:
     def ask(asking: httpx.Client, text: str) -> tuple[str, int]:
         body = {"messages": [{"role": "user", "content": text}], "max_tokens": 8}

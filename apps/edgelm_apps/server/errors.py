@@ -48,6 +48,15 @@ class TooLarge(Refused):
     status, code = 413, "request_too_large"
 
 
+class Stopping(Refused):
+    """The server stops, and the time that answers had to end is over."""
+
+    status, code = 503, "server_stopping"
+
+    def __init__(self) -> None:
+        super().__init__("the server stops; ask again when it is back")
+
+
 class Left(Exception):
     """Whoever asked has gone: there is nobody to answer."""
 

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, TypeVar
 
 from edgelm.aio import iterate
+from edgelm_apps.server.errors import Stopping
 
 if TYPE_CHECKING:
     from edgelm import Model
@@ -37,6 +38,9 @@ async def stream(
                     async for item in found:
                         items.put_nowait(item)
             items.put_nowait(None)
+        except asyncio.CancelledError:
+            items.put_nowait(Stopping())  # if anybody still listens
+            raise
         except Exception as error:
             items.put_nowait(error)
 
@@ -53,7 +57,7 @@ async def stream(
 
 
 async def finish() -> None:
-    """Stop what still runs, and wait for it."""
+    """Stop what still runs, say so to whoever listens, and wait for it."""
     for task in list(_running):
         task.cancel()
     await asyncio.gather(*_running, return_exceptions=True)

@@ -14,10 +14,28 @@ import uvicorn
 
 from edgelm.errors import ConfigError
 from edgelm_apps.output import note
+from edgelm_apps.server import jobs
 from edgelm_apps.server.app import create_app
 from edgelm_apps.server.pool import Pool
 from edgelm_apps.server.routes import Settings
 from edgelm_apps.server.streams import GRACE_S
+
+
+class Listening(uvicorn.Server):
+    """A server whose answers have `grace_s` to end when it stops; those that take longer end with an error."""
+
+    grace_s = GRACE_S
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_answers())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_answers(self) -> None:
+        await asyncio.sleep(self.grace_s)
+        await jobs.finish()
 
 
 def run(
@@ -45,7 +63,7 @@ def run(
         )  # fmt: skip
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them once more when all is done
             signal.signal(number, lambda *_: None)
-        uvicorn.Server(config).run(sockets=[listener])
+        Listening(config).run(sockets=[listener])
     finally:
         pool.close()
         listener.close()

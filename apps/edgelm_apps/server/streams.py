@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 def events_response(events: AsyncIterator[ServerSentEvent], keep_alive_s: float) -> Response:
     """Return the response that sends these events, and a comment whenever there is none for so long."""
     return EventSourceResponse(
-        events, ping=keep_alive_s, sep="\n", shutdown_grace_period=GRACE_S,
+        events, ping=keep_alive_s, sep="\n", shutdown_grace_period=GRACE_S + 2,  # its last event comes before
         ping_message_factory=alive,
     )  # fmt: skip
 
