@@ -199,6 +199,16 @@ def test_an_answer_that_nests_too_deeply_is_shown_as_it_is(page: Browser, served
     page.value("document.getElementById('clear').click()")
 
 
+def test_a_key_that_is_right_ends_the_complaint(page: Browser, models: dict[str, Path]) -> None:
+    with running(models, key="secret") as server:
+        page.open(f"{server.url}/", 1000, 800, until="document.querySelector('#told.bad')")
+        page.value("document.getElementById('settings-open').click()")
+        page.value("document.getElementById('key').value = 'secret'")
+        page.value("document.getElementById('settings').close()")
+        page.wait("document.getElementById('model').options.length === 2")
+        assert page.value("document.getElementById('told').textContent") == ""
+
+
 def test_a_retry_that_fails_leaves_the_old_answer(page: Browser, models: dict[str, Path]) -> None:
     with running(models, sampling={"max_tokens": 4}) as server:
         opened(page, server)

@@ -170,6 +170,7 @@ async function refresh() {
     model.replaceChildren(...now.models.map((name) => new Option(name, name)));
     model.value = chosen;
     showStatus(now);
+    if (told.classList.contains("bad")) tell(""); // what was wrong is not any more: a key, a server that was away
   } catch (error) {
     tellError(error);
   }
