@@ -112,7 +112,8 @@ def remove(name: str) -> int:
     Raises `ModelNotFound` if there is nothing to remove, `DownloadError` while it is being pulled.
     """
     folder, downloads = folder_of(name), downloads_of(name)
-    if not folder.exists() and not downloads.exists():
+    # '', '.' and '..' are no names: their folders hold all models
+    if safe_name(name) in ("", ".", "..") or not (os.path.exists(folder) or os.path.exists(downloads)):
         raise ModelNotFound(f"{name!r} is not in the cache {cache_dir()}; `edgelm list` shows what is")
     with pull_lock(name, waiting=None):
         model = _read_manifest(folder)

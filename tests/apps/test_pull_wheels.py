@@ -273,6 +273,8 @@ def test_cli_pull_list_rm(entry, edgelm_command):
     assert table[0].split() == ["name", "size", "type", "context", "used", "where"]
     assert "just now" in table[1]
     assert "not here: edgelm pull gemma-3-270m" in "\n".join(table)
+    for no_name in ("", ".", "..", "a" * 300):
+        assert edgelm_command("rm", no_name).code == 3
     assert edgelm_command("rm", "tiny").out == "tiny is removed: 3 MB are free again\n"
     assert edgelm_command("rm", "tiny").code == 3
 
