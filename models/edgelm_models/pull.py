@@ -23,7 +23,7 @@ def lookup(model: str) -> Path | None:
     Fetches nothing. Raises `ModelNotFound`, with near matches, for what is neither a file nor a name.
     """
     path = Path(model).expanduser()
-    if path.exists():
+    if model and os.path.exists(path):  # `Path("")` is this folder, and `Path.exists` fails for long names
         return path
     if model.endswith(".gguf") and not model.startswith("hf:"):
         raise ModelNotFound(f"there is no file {model!r}; check the path, or name a model of `edgelm list`")

@@ -252,6 +252,12 @@ def test_two_pulls_of_one_name_take_turns(entry):
 
 
 @pytest.mark.usefixtures("without_pip")
+@pytest.mark.parametrize("name", ["", "a" * 300])
+def test_what_cannot_be_a_path_is_no_model(entry, name):
+    with pytest.raises(ModelNotFound, match="no model is called"):
+        pull.lookup(name)
+
+
 def test_rm_refuses_during_a_pull(entry):
     pull.pull("tiny")
     with cache.pull_lock("tiny", None), pytest.raises(DownloadError, match="being pulled by another process"):
