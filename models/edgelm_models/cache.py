@@ -134,20 +134,24 @@ def remove(name: str) -> int:
 def pull_lock(name: str, waiting: Callable[[], None] | None) -> Iterator[None]:
     """Hold the lock of `name` among all processes; `waiting` is called once if another has it.
 
-    With `waiting=None` raises `DownloadError` instead of waiting.
+    With `waiting=None` raises `DownloadError` instead of waiting; so it does where nothing can be written.
     """
     from filelock import FileLock, Timeout  # brings asyncio along: only who pulls pays for it
 
     folder = cache_dir() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{safe_name(name)}.lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         if waiting is None:
             raise DownloadError(f"{name} is being pulled by another process; wait for it to end") from None
         waiting()
         lock.acquire()
+    except OSError as error:
+        raise DownloadError(
+            f"{cache_dir()} cannot be written ({error.strerror or error}); set EDGELM_CACHE to another folder"
+        ) from error
     try:
         yield
     finally:

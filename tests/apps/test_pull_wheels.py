@@ -252,6 +252,13 @@ def test_two_pulls_of_one_name_take_turns(entry):
 
 
 @pytest.mark.usefixtures("without_pip")
+def test_a_cache_that_cannot_be_written(entry, monkeypatch, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("EDGELM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DownloadError, match=r"cannot be written .*; set EDGELM_CACHE"):
+        pull.pull("tiny")
+
+
 @pytest.mark.parametrize("name", ["", "a" * 300])
 def test_what_cannot_be_a_path_is_no_model(entry, name):
     with pytest.raises(ModelNotFound, match="no model is called"):
