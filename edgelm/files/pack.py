@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import stat
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -136,6 +137,8 @@ def open_pack(path: Path) -> ModelFile | None:
 def read_sections(path: Path, magic: bytes = _MAGIC) -> Sections | None:
     """Return what a file with this magic in its footer ends with; None for any other file. Raises as `open_pack`."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None  # a pipe would be waited for
         fd = os.open(path, _FLAGS)
     except (OSError, ValueError):
         return None  # whoever opens it as a model says why

@@ -11,6 +11,7 @@ import pytest
 
 from edgelm.errors import EdgeLMError, ModelFileError, ModelNotFound, UnsupportedModel
 from edgelm.files import BadHeader, BadTensor, NotAModelFile, TensorType, TruncatedFile, cursor, header, open_model
+from edgelm.files.index import open_indexed
 from edgelm.testing import TensorData, tiny_model, write_gguf
 from edgelm.testing.gguf_writer import string
 
@@ -172,6 +173,8 @@ def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     with pytest.raises(NotAModelFile, match="pipe"):
         open_model(tmp_path / "pipe.gguf")
+    with pytest.raises(NotAModelFile, match="pipe"):
+        open_indexed(tmp_path / "pipe.gguf")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
