@@ -112,6 +112,8 @@ def pack(
         target /= default_output(source.paths[0]).name
     if target.exists() and not force:
         raise PackError(f"{target}: this file exists; replace it with force (--force), or name another output")
+    if target.exists() and not target.is_file():
+        raise PackError(f"{target}: this is a device or a pipe, not a file; name another output")
     name = source.paths[0].name
     layout = _lay_out(source, name)
     index = _index(source, layout, name)

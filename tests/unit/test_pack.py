@@ -205,6 +205,14 @@ def test_tiles_are_whole_panels_of_rows_and_not_small(n_rows: int, row_bytes: in
 # -- writing ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+def test_what_is_no_file_is_never_replaced(model: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PackError, match="a device or a pipe"):
+        edgelm.pack(model, tmp_path / "pipe", force=True)
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_file_in_the_way_is_replaced_only_if_asked(model: Path, tmp_path: Path) -> None:
     there = tmp_path / "out.gguf"
     there.write_bytes(b"mine")
