@@ -11,11 +11,16 @@ from edgelm.sizes import human, parse_size
 SPARE_SHARE = 0.8
 """Share of the available memory that a model without a stated budget may take: the rest is the device's margin."""
 
+MOST_THREADS = 512
+"""As in ggml. Backends start what they are told to start: a mistyped number would take the whole machine."""
+
 
 def device_of(simulate: str | None, threads: int | None, published: bool = False) -> Device | None:
     """Return the device that is simulated, if any; it has a processor only if that is to be the `published` one."""
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, got {threads}")
+    if threads is not None and threads > MOST_THREADS:
+        raise ConfigError(f"threads must be at most {MOST_THREADS}, got {threads}")
     if simulate is None:
         if published:
             raise ConfigError("published figures are those of a device; name it with simulate")

@@ -83,6 +83,8 @@ def test_a_backend_that_is_not_there_is_a_typed_error(model_file: Path) -> None:
 def test_wrong_options_of_load_are_typed_errors(model_file: Path, tmp_path: Path) -> None:
     with pytest.raises(edgelm.ConfigError, match="threads"):
         load(model_file, threads=0)
+    with pytest.raises(edgelm.ConfigError, match="threads must be at most 512"):
+        load(model_file, threads=100_000)
     with pytest.raises(edgelm.ConfigError, match="context"):
         load(model_file, context=3)
     with pytest.raises(edgelm.ConfigError, match="size"):
