@@ -13,6 +13,7 @@ _UNITS = {
     "kib": KIB, "mib": MIB, "gib": GIB,
 }  # fmt: skip
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_MOST_DIGITS = 30  # far more become infinite, which is no number of bytes
 
 
 def parse_size(text: str | int) -> int:
@@ -26,9 +27,9 @@ def parse_size(text: str | int) -> int:
         raise ConfigError(f"size must be positive, got {text!r}; write it like 300MB or 1GiB")
     if isinstance(text, int):
         return text
-    match = _SIZE.fullmatch(text)
+    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
     scale = _UNITS.get(match[2].lower()) if match else None
-    if match is None or scale is None:
+    if match is None or scale is None or len(match[1]) > _MOST_DIGITS:
         raise ConfigError(f"{text!r} is not a size; write it like 300MB, 1.5GB or 512MiB")
     n_bytes = int(float(match[1]) * scale)
     if n_bytes <= 0:

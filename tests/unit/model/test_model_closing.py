@@ -89,6 +89,9 @@ def test_wrong_options_of_load_are_typed_errors(model_file: Path, tmp_path: Path
         load(model_file, context=3)
     with pytest.raises(edgelm.ConfigError, match="size"):
         load(model_file, memory="lots")
+    for no_size in (3e8, [], "9" * 400):
+        with pytest.raises(edgelm.ConfigError, match="is not a size"):
+            load(model_file, memory=no_size)
     with pytest.raises(edgelm.ModelNotFound):
         load(tmp_path / "nothing.gguf")
     with pytest.raises(edgelm.BudgetTooSmall) as caught:
