@@ -5,6 +5,7 @@ Knows threads and time, nothing of tokens.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -40,9 +41,12 @@ class Turns:
         self._current: Turn | None = None
         self._n_visitors = 0
         self._closed = self._released = False
+        self._process = os.getpid()
 
     def ask(self) -> Turn:
         """Return a turn that can be cancelled from now on. Raises `ConfigError` once the model is closed."""
+        if os.getpid() != self._process:  # threads that read and compute did not come along: nothing would ever end
+            raise ConfigError("the model was loaded before this process was forked off; load it here, after the fork")
         with self._state:
             if self._closed:
                 raise ConfigError("the model is closed; load it again")

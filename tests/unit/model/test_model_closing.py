@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,23 @@ def test_closing_gives_the_memory_back(tmp_path: Path) -> None:
     gc.collect()
     assert loaded - before > 0.8 * size
     assert rss() - before < 0.2 * size
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_model_from_before_a_fork_is_a_typed_error(model_file: Path) -> None:
+    code = (
+        "import edgelm, os, sys\n"
+        "model = edgelm.load(sys.argv[1], memory='300MB', context=32, backend='numpy', threads=1)\n"
+        "if pid := os.fork():\n"
+        "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+        "try:\n"
+        "    model.generate('a', max_tokens=1)\n"
+        "except edgelm.ConfigError as error:\n"
+        "    os._exit(7 if 'after the fork' in str(error) else 1)\n"
+        "os._exit(2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(model_file)], timeout=60, check=False)
+    assert done.returncode == 7
 
 
 def test_a_backend_that_is_not_there_is_a_typed_error(model_file: Path) -> None:
