@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import click
@@ -19,15 +20,18 @@ from edgelm_apps.options import (
     speculation_options,
 )
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
 
 @click.command()
 @click.argument("models", nargs=-1, shell_complete=complete_model, metavar="[MODEL]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
 @click.option("--api-key", envvar="EDGELM_API_KEY", metavar="KEY", help="What clients must send. [env: EDGELM_API_KEY]")
-@click.option("--allow-origin", multiple=True, metavar="URL", help="A site whose pages may ask, too. Repeatable.")
+@click.option(
+    "--allow-origin",
+    multiple=True,
+    metavar="URL",
+    help="A site whose pages may ask, too, and whose name may lead here. Repeatable.",
+)
 @click.option(
     "--queue", type=click.IntRange(min=0), default=16, show_default=True,
     help="Requests that may wait; the next one is told to come back later.",
@@ -96,7 +100,7 @@ def serve(
     settings = Settings(
         key=api_key.strip() if api_key else None,
         origins=allow_origin,
-        hosts=("*",) if host not in LOOPBACK else (*LOOPBACK, "[::1]"),
+        names=("localhost", host, gethostname(), f"{gethostname()}.local"),
         queue=queue,
         keep_alive_s=keep_alive,
         most_bytes=parse_size(max_request),

@@ -112,9 +112,16 @@ def test_pages_of_others_are_refused_unless_allowed(models: dict[str, Path]) -> 
 
 
 def test_names_that_lead_here_by_surprise_are_refused(models: dict[str, Path]) -> None:
-    with running(models, hosts=("127.0.0.1",)) as server, client(server) as asking:
-        assert asking.get("/v1/models", headers={"Host": "rebound.example"}).status_code == 400
-        assert asking.get("/v1/models").status_code == 200
+    origins = ("https://mine.example:8443",)
+    with running(models, names=("localhost", "mypi"), origins=origins) as server, client(server) as asking:
+        for host in ("rebound.example", "rebound.example:8080", "127.0.0.1.rebound.example", "[rebound]"):
+            refused = asking.get("/v1/models", headers={"Host": host})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden")
+        for host in ("localhost", "LocalHost:80", "mypi:8080", "mine.example:8443", "192.168.1.7", "[::1]:8080"):
+            assert asking.get("/v1/models", headers={"Host": host}).status_code == 200
+    with running(models, key="secret") as server, client(server) as asking:  # strangers' pages have no key
+        ours = {"Host": "rebound.example", "Authorization": "Bearer secret"}
+        assert asking.get("/v1/models", headers=ours).status_code == 200
 
 
 def test_a_key_is_asked_for_but_not_for_the_page(models: dict[str, Path]) -> None:

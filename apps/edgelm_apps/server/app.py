@@ -10,7 +10,6 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
@@ -64,14 +63,13 @@ def create_app(pool: Pool, settings: Settings) -> Starlette:
         Mount("/page", StaticFiles(directory=PAGE), name="page"),
     ]
     middleware = [
-        Middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts)),
-        Middleware(Guard, settings.key, settings.origins, settings.most_bytes),
+        Middleware(Guard, settings.key, settings.origins, settings.names, settings.most_bytes),
     ]
     if settings.origins:
         cors = Middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"]
         )
-        middleware.insert(1, cors)
+        middleware.insert(0, cors)
     return Starlette(
         routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers={HTTPException: _no_route}
     )

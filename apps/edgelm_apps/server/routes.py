@@ -50,7 +50,7 @@ class Settings:
 
     key: str | None = None
     origins: tuple[str, ...] = ()
-    hosts: tuple[str, ...] = ("*",)
+    names: tuple[str, ...] = ("localhost",)
     queue: int = 16
     keep_alive_s: float = 5.0
     most_bytes: int = 4_000_000
