@@ -14,7 +14,13 @@ from typing import Any, NamedTuple
 MARK = "\x1eedgelm "
 """What an answer begins with: libraries print lines of their own."""
 _BEGIN = f"""
-import json
+import json, os, threading
+
+def end_with_parent():
+    os.read(0, 1)  # nothing is ever written: it ends when the other end is closed, whatever ended the parent
+    os._exit(1)
+
+threading.Thread(target=end_with_parent, daemon=True).start()
 try:  # a crash is expected: its memory need not be kept as a file; and where memory runs out, the host is not to go
     import resource
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -60,13 +66,14 @@ def run_child(code: str, arguments: tuple[str, ...], timeout_s: float, what: str
     import subprocess  # 2 MB that a kept verdict spares
 
     folders = [os.path.abspath(folder) for folder in sys.path]
+    lives, held = os.pipe()
     environment = {name: value for name, value in os.environ.items() if name != "EDGELM_RECHECK"}  # that is done here
     try:
         done = subprocess.run(
             # -P: a folder that the user happens to stand in is no place for modules
             [sys.executable, "-P", "-c", _BEGIN + code, *arguments],
             env={**environment, "PYTHONPATH": os.pathsep.join(folders)},
-            stdin=subprocess.DEVNULL,
+            stdin=lives,
             capture_output=True,
             timeout=timeout_s,
             check=False,
@@ -75,6 +82,9 @@ def run_child(code: str, arguments: tuple[str, ...], timeout_s: float, what: str
         return Outcome(_facts(late.stdout), f"it did not answer within {timeout_s:g} s in {what}", True)
     except OSError as exc:
         return Outcome({}, f"{what} could not be started ({exc})", True)
+    finally:
+        os.close(held)
+        os.close(lives)
     facts = _facts(done.stdout)
     if done.returncode != 0:
         problem, doubtful = _died(done.returncode, done.stderr.decode(errors="replace"), what)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from edgelm.engine import children, health
@@ -264,6 +265,25 @@ def test_a_child_that_runs_out_of_memory_may_do_better_later():
 def test_a_child_goes_first_where_memory_runs_out():
     outcome = children.run_child("report(score=open('/proc/self/oom_score_adj').read())", (), 20, "a test")
     assert outcome.facts == {"score": "1000\n"}
+
+
+def test_no_child_outlives_who_started_it(tmp_path):
+    told = tmp_path / "child"
+    code = f"import os, time; open({str(told)!r}, 'w').write(f'{{os.getpid()}} '); time.sleep(60)"
+    starts = f"from edgelm.engine.children import run_child; run_child({code!r}, (), 60, 'a test')"
+    parent = subprocess.Popen([sys.executable, "-c", starts])
+    try:
+        while not (told.exists() and told.read_text().endswith(" ")):
+            assert parent.poll() is None
+            time.sleep(0.01)
+        child = psutil.Process(int(told.read_text()))
+    finally:
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + 20
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:  # where nobody collects orphans
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_numpy_needs_no_child(monkeypatch):
