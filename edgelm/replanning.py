@@ -16,6 +16,7 @@ from edgelm.files.model import ModelFile
 from edgelm.memory.plan import Plan
 from edgelm.memory.platform import current_platform
 from edgelm.memory.stores import Store
+from edgelm.memory.verified import unverified
 from edgelm.simulated import Device
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def _with_flash(prepared: Prepared, engine: Engine) -> Prepared:
     """Return what a model was prepared from with its flash measured."""
     if prepared.rates is None:
         return prepared
-    engine.pattern = flash_pattern(engine.store, prepared.file, RESERVE_BYTES)
+    engine.pattern = flash_pattern(unverified(engine.store), prepared.file, RESERVE_BYTES)
     rates = prepared.rates._replace(flash_bytes_per_s=engine.pattern.bytes_per_s)
     prompts = prepared.prompts
     if prompts is not None and isinstance(engine, PhasedEngine) and engine.prompts.pattern is None:

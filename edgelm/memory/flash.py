@@ -122,7 +122,7 @@ def calibrate(
     Every shape (all that fit, unless `shapes` says which) has short turns in several rounds; those far behind drop
     out. Speeds are compared within a round only, because the flash of a shared machine may be twice as fast a minute
     later. A device so slow that a round does not fit is judged by what was measured. A stretch that tells nothing has
-    a single turn, in the default shape.
+    a single turn, in the default shape. `store` must not look at the bytes: reads overwrite each other's.
     """
     with _Reader(store, stretch, limit_bytes) as reader:
         latency_s = reader.latency_s()
