@@ -114,12 +114,12 @@ def _plain_twice(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {"ratios of plain to itself": [round(ratio, 3) for ratio in ratios]} if ratios else {}
 
 
-def settings(part: str, names: list[str]) -> list[dict[str, Any]]:
+def settings(part: str, names: list[str], backends: list[str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name in names:
         model = common.find_model(name)
         if part == "resident":
-            found += [{"model": str(model), "backend": backend, "memory": "2GB"} for backend in BACKENDS]
+            found += [{"model": str(model), "backend": backend, "memory": "2GB"} for backend in backends]
         elif part == "identity":
             budgets = ["2GB", *{"smollm2-135m-instruct": ["110MB"], "gemma-3-270m": ["150MB"]}.get(name, [])]
             found += [{"model": str(model), "backend": "llamacpp", "memory": memory} for memory in budgets]
@@ -135,6 +135,7 @@ def main() -> None:
     parser = common.arguments(__doc__, rounds=1)
     parser.add_argument("--part", choices=("resident", "streamed", "drafted", "identity"), required=True)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), help="of `resident`")
     parser.add_argument("--per-kind", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--name", help="of the result, if it is not that of the part")
@@ -147,7 +148,7 @@ def main() -> None:
         "rounds": given.rounds,
     }
     report = common.Report(f"speculation_{given.name or given.part}", conditions)
-    for setting in settings(given.part, given.models):
+    for setting in settings(given.part, given.models, given.backends):
         spec = setting | {"threads": given.threads, "kinds": given.kinds, "per_kind": given.per_kind}
         spec |= {"tokens": given.tokens, "rounds": given.rounds, "identity": given.part == "identity"}
         spec["again"] = given.part == "resident"
