@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,6 @@ import pytest
 
 import edgelm
 from edgelm import opening
-from edgelm.engine.speculation import curve, speculator
 from edgelm.errors import BudgetTooSmall, ConfigError
 from edgelm.memory.predict import Rates
 from edgelm.sizes import GB
@@ -33,12 +30,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def _flash_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wide passes cost what narrow ones do, and a draft that is as large as its model next to nothing."""
+    """Wide passes cost what narrow ones do."""
     rates = Rates(1e6, 1e9, wide_bytes_per_s=1e12)
-    clock = itertools.count(step=1e-9)
-    monkeypatch.setattr(speculator, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(curve, "DOUBT", 1.0)
-    monkeypatch.setattr(curve.Curve, "passed", lambda *_: None)
     monkeypatch.setattr(opening, "measured_rates", lambda *_, **__: rates)
 
 
@@ -67,14 +60,15 @@ def both(files: dict[str, Path]) -> Iterator[edgelm.Model]:
         yield model
 
 
-def test_a_draft_changes_no_token_and_guesses_most_of_them(files: dict[str, Path], both: edgelm.Model) -> None:
+def test_a_draft_changes_no_token_and_most_of_its_guesses_are_right(files: dict[str, Path], both: edgelm.Model) -> None:
     with load(files["llama"], speculate=False) as model:
         expected, plain = answer(model)
     found, usage = answer(both)
     assert found == expected
     assert (plain.drafted_tokens, plain.passes) == (0, 59)
-    assert usage.drafted_tokens >= usage.accepted_tokens > 59 / 2
+    assert usage.accepted_tokens > 0.9 * usage.drafted_tokens > 0
     assert usage.passes == 59 - usage.accepted_tokens
+    assert usage.tokens_per_pass > 2
 
 
 def test_a_draft_counts_against_the_budget(files: dict[str, Path], both: edgelm.Model) -> None:

@@ -15,7 +15,7 @@ from edgelm.engine.passes import WIDTHS, width_for
 from edgelm.engine.rows import Rows
 from edgelm.engine.sampling import Sampling, make_sampler
 from edgelm.engine.speculation.chances import Chances
-from edgelm.engine.speculation.controller import EACH, RISK, START, Allowance, nodes_for
+from edgelm.engine.speculation.controller import nodes_for
 from edgelm.engine.speculation.curve import Curve
 from edgelm.engine.speculation.drafts import ROOT, Guess
 from edgelm.engine.speculation.lookup import Lookup
@@ -207,31 +207,11 @@ def test_a_machine_that_becomes_faster_is_faster_at_every_width() -> None:
 def test_what_may_be_lost_bounds_the_width() -> None:
     curve, reach = Curve(plan_of(FLAT | {4: 0.15, 6: 0.18, 8: 0.2})), [0.9] * 7
     assert nodes_for(reach, curve, 8) == 7
-    assert nodes_for(reach, curve, 8, allowed=-0.1) == 5
-    assert nodes_for(reach, curve, 8, allowed=-0.4) == 2
-    assert nodes_for(reach, curve, 8, allowed=-1.1) == 0
-    assert nodes_for([1.0] * 7, curve, 8, allowed=-1.1) == 7  # sure ones cost nothing
-    assert nodes_for([0.4] * 7, curve, 8, allowed=0.0) == 7
+    assert nodes_for(reach, curve, 8, allowed=-4.0) == 7
+    assert nodes_for(reach, curve, 8, allowed=-6.0) == 0
+    assert nodes_for([0.4] * 7, curve, 8, allowed=-0.1) == 7
     assert nodes_for([0.4] * 7, curve, 8, allowed=-0.2) == 2
     assert nodes_for([0.4] * 7, curve, 8, allowed=-0.5) == 0
-
-
-@pytest.mark.parametrize("each", [0.35, 0.5])
-def test_no_answer_loses_more_than_is_said(each: float) -> None:
-    """Guesses are taken to be likely, are right for one answer, and wrong from then on: soon none is made."""
-    curve, allowance = Curve(plan_of({n: 1 + each * (n - 1) for n in WIDTHS})), Allowance()
-    for answer in range(4):
-        right = answer == 0
-        allowance.begin()
-        took, n_tokens, tried = 0.0, 0, 0
-        while n_tokens < 64:
-            n = nodes_for([0.8**i for i in range(1, 32)], curve, 32, allowance.passes)
-            new, passes = n + 1 if right else 1, curve.seconds(n + 1)
-            allowance.add(new, passes)
-            took, n_tokens, tried = took + passes, n_tokens + new, tried + (n > 0)
-        assert tried or answer > 1
-        assert took <= n_tokens + START + RISK + EACH * n_tokens + 1e-9
-        assert right == (took < n_tokens)
 
 
 def test_a_wrong_estimate_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ _KEPT_PLAIN, _KEPT = 3, 7
 """Passes of one row, and of each other width, that are remembered: how fast the machine is may change any time."""
 UNKNOWN = 0.2
 """What each more row costs, as a share of a pass of one, where nothing was measured beforehand."""
-DOUBT = 1.25
-"""How many times as much wide passes are taken to cost where all weights stay, until one was measured."""
+DOUBT = 2.0
+"""How many times as much guesses must promise where all weights stay, until a wide pass was measured."""
 
 
 class Curve:
@@ -35,12 +35,17 @@ class Curve:
         known = [n for n in self._factor if n > 1]
         for width, foretold in self._foretold.items():
             nearest = min(known, key=lambda n: abs(n - width), default=None)
-            wrong = self._factor[nearest] / self._foretold[nearest] if nearest else self._doubt
+            wrong = self._factor[nearest] / self._foretold[nearest] if nearest else 1.0
             self._times[width] = self._factor.get(width, foretold * max(wrong, 1.0))
 
     def seconds(self, width: int) -> float:
         """Return what a pass of `width` rows is expected to take, one of `WIDTHS`."""
         return self._times[width] * self._one_s
+
+    @property
+    def doubt(self) -> float:
+        """How many times as much as a plain pass guesses must promise, since nothing is known of wide passes."""
+        return self._doubt if len(self._factor) == 1 else 1.0
 
     def passed(self, width: int, seconds: float) -> None:
         """Learn from a pass; the first one of a width was compiled, too."""

@@ -68,7 +68,6 @@ class Speculator:
     def begin(self, ids: Sequence[int]) -> None:
         """Take these ids as the text so far; the pass for the last of them is done."""
         if self._may_guess:
-            self._allowance.begin()
             self._lookup.begin(ids)
             self._recycling.begin(ids)
             self._n_told = len(ids)
@@ -90,7 +89,7 @@ class Speculator:
         if not self._may_guess:
             return False
         width = min(RECYCLING_WIDTH, self._engine.max_rows)
-        return self._curve.seconds(width) < RECYCLING_COST * self._curve.seconds(1)
+        return self._curve.seconds(width) * self._curve.doubt < RECYCLING_COST * self._curve.seconds(1)
 
     def draft(self, history: Sequence[int], most_rows: int, forced: Sequence[int] = ()) -> Draft:
         """Return what to verify after `history` in a pass of up to `most_rows` rows, of which its last token takes one.
