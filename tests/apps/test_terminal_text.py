@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgelm_apps.terminal import growing
@@ -149,6 +149,7 @@ def test_a_table_of_too_many_columns_loses_none() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.text(alphabet="ab 日é\n-", max_size=80), st.integers(2, 20))
+@example(" 日", 2)
 def test_wrapping_loses_nothing_but_blanks(text: str, width: int) -> None:
     lines = wrapped([("class:x", text)], width)
     assert all(line_width(line) <= width for line in lines)

@@ -65,7 +65,7 @@ def _filled(words: Iterable[Line], width: int, first: Line, rest: Line) -> list[
         if spaces + columns > left and left < full:
             lines.append(list(rest))
             left = full = room
-        elif blank is not None and spaces < left:
+        elif blank is not None and spaces + min(columns, 2) <= left:  # else a wide letter would not fit behind it
             lines[-1].append(blank)
             left -= spaces
         blank = None
