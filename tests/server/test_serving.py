@@ -225,18 +225,17 @@ def test_the_budget_is_changed_while_it_runs(server: Running) -> None:
         assert asking.post("/v1/budget", json={"memory": "2GB"}).json()["budget_bytes"] == 2_000_000_000
 
 
+def read_stream(server: Running, n_tokens: int, told: list[str]) -> None:
+    """Add the events of a streamed answer to `told`, as they come."""
+    asked = ASK | {"stream": True, "max_tokens": n_tokens}
+    with client(server) as asking, asking.stream("POST", "/v1/chat/completions", json=asked) as got:
+        told.extend(line for line in got.iter_lines() if line.startswith("data"))
+
+
 def test_stopping_ends_streams_in_good_order(models: dict[str, Path], slow: list[float]) -> None:
     seen: list[str] = []
     with running(models) as server:
-
-        def read() -> None:
-            with (
-                client(server) as asking,
-                asking.stream("POST", "/v1/chat/completions", json=ASK | {"stream": True, "max_tokens": 20}) as got,
-            ):
-                seen.extend(line for line in got.iter_lines() if line.startswith("data"))
-
-        reader = threading.Thread(target=read)
+        reader = threading.Thread(target=read_stream, args=(server, 20, seen))
         reader.start()
         eventually(lambda: slow)
     reader.join(PATIENCE_S)
@@ -254,18 +253,11 @@ def test_an_answer_that_takes_too_long_to_stop_for_ends_with_an_error(
     waited: list[httpx.Response] = []
     with running(models) as server:
 
-        def read() -> None:
-            with (
-                client(server) as asking,
-                asking.stream("POST", "/v1/chat/completions", json=ASK | {"stream": True, "max_tokens": 400}) as got,
-            ):
-                told.extend(line for line in got.iter_lines() if line.startswith("data"))
-
         def wait() -> None:
             with client(server) as asking:
                 waited.append(asking.post("/v1/chat/completions", json=ASK | {"max_tokens": 400}))
 
-        asked = [threading.Thread(target=read), threading.Thread(target=wait)]
+        asked = [threading.Thread(target=read_stream, args=(server, 400, told)), threading.Thread(target=wait)]
         asked[0].start()
         eventually(lambda: slow)
         asked[1].start()
